@@ -1,0 +1,123 @@
+"""The configuration as typed data. Every default is here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+__all__ = ["Config", "DataConfig", "EvaluateConfig", "LogConfig", "ModelConfig", "TrainConfig", "split_entry"]
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=False)
+
+
+class ModelConfig(_Section):
+    """Which pretrained model to start from."""
+
+    name: str = Field(description="folder or hub id of a pretrained transformers model")
+    revision: str | None = Field(None, description="commit hash on the hub")
+    tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; the model's own by default")
+    attention: Literal["sdpa", "eager"] | None = Field(None, description="attention implementation")
+
+
+class DataConfig(BaseModel):
+    """Where rows come from. Further keys belong to the data plugin named by `use` (`files` by default)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    use: str = Field("files", description="data plugin")
+    columns: dict[str, str] = Field(default_factory=dict, description="role to column name, e.g. {text: review}")
+    labels: dict[str, str] = Field(default_factory=dict, description="raw label to label name, e.g. {'0': negative}")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="what a row that cannot be used does")
+    carve: dict[Literal["validation", "test"], Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=lambda: {"validation": 0.1},
+        description="share of training texts that makes up a missing split, by a stable hash",
+    )
+    limit: Positive | None = Field(None, description="use at most this many training rows, chosen by a stable hash")
+
+
+class TrainConfig(_Section):
+    """How to train."""
+
+    epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="passes over the training rows")
+    max_steps: Positive | None = Field(None, description="stop after this many optimizer steps; overrides epochs")
+    batch_size: Positive = Field(32, description="rows per micro-batch")
+    accumulate: Positive = Field(1, description="micro-batches per optimizer step")
+    lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="peak learning rate")
+    seed: int = Field(0, ge=0, description="keys all randomness")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="number format of the forward pass")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N")
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 switches clipping off")
+    max_length: Positive = Field(256, description="tokens kept of each row")
+    workers: Count = Field(0, description="threads that prepare batches ahead")
+    compile: bool = Field(False, description="torch.compile the model")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    evaluate_every: Positive | None = Field(None, description="optimizer steps between evaluations; default: epoch end")
+    save_every: Positive | None = Field(None, description="optimizer steps between checkpoints; default: epoch end")
+    keep: Positive = Field(2, description="checkpoints kept")
+
+
+class EvaluateConfig(_Section):
+    """How to evaluate."""
+
+    metric: str | None = Field(None, description="metric that picks the best checkpoint; the task's own by default")
+    batch_size: Positive = Field(64, description="rows per evaluation batch")
+    resamples: Positive = Field(2000, description="bootstrap resamples of the 95% interval")
+    test: bool = Field(True, description="evaluate the test split at the end, with the best weights")
+
+
+class LogConfig(_Section):
+    """What is recorded while training."""
+
+    every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
+    to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, description="further loggers")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    task: str | dict[str, dict[str, Any] | None] = Field(description="task name, or {name: {options}}")
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    methods: list[str | dict[str, dict[str, Any] | None]] = Field(
+        default_factory=list, description="the stack: method names, or {name: {parameters}}; order does not matter"
+    )
+    output: str = Field("runs/run", description="folder of the run")
+    resume: str = Field("auto", description="auto | never | path of a checkpoint")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    stages: list[dict[str, Any]] = Field(
+        default_factory=list, description="partial configs run in sequence, each from the last one's best model"
+    )
+
+    @field_validator("methods", "task")
+    @classmethod
+    def _one_name_each(cls, value: Any) -> Any:
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, dict) and len(entry) != 1:
+                raise ValueError(f"write one name per entry, e.g. '- lora: {{r: 8}}'; this entry has {sorted(entry)}")
+        return value
+
+    @property
+    def task_entry(self) -> tuple[str, dict[str, Any]]:
+        """Task name and options."""
+        return split_entry(self.task)
+
+    @property
+    def method_entries(self) -> list[tuple[str, dict[str, Any]]]:
+        """Method names and parameters, as written."""
+        return [split_entry(entry) for entry in self.methods]
+
+
+def split_entry(entry: str | dict[str, dict[str, Any] | None]) -> tuple[str, dict[str, Any]]:
+    """`"fgm"` and `{"fgm": {"epsilon": 1}}` as (name, parameters)."""
+    if isinstance(entry, str):
+        return entry, {}
+    name, options = next(iter(entry.items()))
+    return name, dict(options or {})

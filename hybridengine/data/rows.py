@@ -1,0 +1,50 @@
+"""Rows of a split and where each came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["SPLITS", "Split"]
+
+SPLITS = ("train", "validation", "test", "unlabelled")
+_STRIDE = 1 << 40  # more rows than any split has; keeps row ids of different splits apart
+
+
+@dataclass
+class Split:
+    """Rows of one split, with their origin for error messages and their global ids for keyed randomness.
+
+    Attributes:
+        name: `train`, `validation`, `test` or `unlabelled`.
+        rows: mappings from column (after preparation: role) to value.
+        source: file or description of the origin.
+        lines: 1-based line or row number in the source, per row.
+    """
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    source: str = "rows"
+    lines: Sequence[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.lines:
+            self.lines = range(1, len(self.rows) + 1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, index: int) -> str:
+        """`file:row` of a row."""
+        return f"{self.source}:{self.lines[index]}"
+
+    def ids(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """Global ids of rows by position."""
+        base = (SPLITS.index(self.name) if self.name in SPLITS else len(SPLITS)) * _STRIDE
+        return tuple(base + position for position in positions)
+
+    def select(self, positions: Sequence[int], name: str | None = None) -> Split:
+        """A split of some of the rows, origins kept."""
+        rows = [self.rows[i] for i in positions]
+        return Split(name or self.name, rows, self.source, [self.lines[i] for i in positions])

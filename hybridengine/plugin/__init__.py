@@ -1,0 +1,23 @@
+"""What a plugin author needs: the hook decorator, traits, parameters; and how plugins are found and called."""
+
+from hybridengine.data.rows import Split
+from hybridengine.plugin.catalogue import Catalogue, Listing
+from hybridengine.plugin.hookspecs import HookSpecs, hook
+from hybridengine.plugin.stacking import Method, StackView
+from hybridengine.plugin.traits import Band, Traits, parameter
+from hybridengine.run import ParamGroup, Run
+
+__all__ = [
+    "Band",
+    "Catalogue",
+    "HookSpecs",
+    "Listing",
+    "Method",
+    "ParamGroup",
+    "Run",
+    "Split",
+    "StackView",
+    "Traits",
+    "hook",
+    "parameter",
+]

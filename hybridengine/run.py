@@ -1,0 +1,152 @@
+"""Everything one run owns: configuration, data, model, optimizer, state of the methods, parameter sets."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridengine.config import Config
+from hybridengine.data.rows import Split
+from hybridengine.errors import ModelError
+from hybridengine.seams.precision import LossScale, Precision
+from hybridengine.seams.randomness import KeyedRows
+from hybridengine.seams.sites import Sites
+from hybridengine.seams.task import Task
+
+__all__ = ["ParamGroup", "Run"]
+
+
+class ParamGroup:
+    """Parameters that share optimizer options; `options` override the optimizer's own (`lr`, `weight_decay`)."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], **options: Any) -> None:
+        self.parameters = parameters
+        self.options = options
+
+    def as_torch(self) -> dict[str, Any]:
+        """The group as torch optimizers take it."""
+        return {"params": list(self.parameters.values()), **self.options}
+
+
+class Run:
+    """One training run. Hooks receive it; there are no globals.
+
+    Attributes:
+        config: the validated configuration.
+        model: the model whose parameters are tuned; `forward_model` is the same, compiled when asked for.
+        tokenizer: its tokenizer.
+        task: the task object.
+        splits: rows by split name.
+        labels: label names in id order, where the task has labels.
+        modules: extra modules by name (teachers, averages, learned rates, prompts), checkpointed, outside the backbone.
+        step: optimizer steps made; `total_steps` how many are planned.
+        stop_reason: set it to stop training after this step, with the reason.
+        notes: things worth telling the user, in order.
+        dry: True on the toy run of the plan.
+    """
+
+    def __init__(self, config: Config, device: torch.device, precision: Precision, scale: LossScale) -> None:
+        self.config = config
+        self.device = device
+        self.precision = precision
+        self.loss_scale = scale
+        self.seed = config.train.seed
+        self.clip: float | None = config.train.clip or None
+        self.folder: Path | None = None
+        self.model: Any = None
+        self.forward_model: Any = None
+        self.tokenizer: Any = None
+        self.task: Task | Any = None
+        self.splits: dict[str, Split] = {}
+        self.labels: list[str] = []
+        self.sites: Sites | None = None
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.step = 0
+        self.total_steps = 0
+        self.steps_per_epoch = 1
+        self.dry = False
+        self.notes: list[str] = []
+        self.stop_reason: str | None = None
+        self.card: dict[str, Any] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.inner_patterns: Sequence[str] = ("*",)
+        self.load_model: Callable[[str], nn.Module] = self._cannot_load
+        self._state: dict[str, dict[str, Any]] = {}
+        self._optimised: dict[str, nn.Parameter] | None = None
+
+    # ---- state of methods --------------------------------------------------------------------------------------
+
+    def state(self, name: str) -> dict[str, Any]:
+        """A method's own state: tensors and JSON values by name, saved and restored with checkpoints."""
+        return self._state.setdefault(name, {})
+
+    @property
+    def states(self) -> dict[str, dict[str, Any]]:
+        """All methods' states."""
+        return self._state
+
+    def module(self, name: str) -> nn.Module:
+        """An extra module by name."""
+        return self.modules[name]
+
+    def add_module(self, name: str, module: nn.Module) -> nn.Module:
+        """Own an extra module: moved to the device, checkpointed, optimised where it requires gradients."""
+        if name in self.modules:
+            raise ValueError(f"run module {name!r} exists already")
+        self.modules[name] = module.to(self.device)
+        return self.modules[name]
+
+    def copy_of_model(self) -> nn.Module:
+        """A frozen copy of the model in evaluation mode (a teacher, an average)."""
+        return copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def say(self, note: str) -> None:
+        """Tell the user something once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def random(self, stream: str, rows: Sequence[int]) -> KeyedRows:
+        """Random numbers keyed by (seed, stream, step, row), as `ctx.rng`."""
+        return KeyedRows((self.seed, stream, self.step), rows)
+
+    # ---- parameter sets ----------------------------------------------------------------------------------------
+
+    def freeze_parameter_sets(self) -> None:
+        """Fix which parameters may ever be optimised; called once, after the model is built."""
+        named = dict(self.model.named_parameters())
+        for module_name, module in self.modules.items():
+            named.update({f"{module_name}/{k}": p for k, p in module.named_parameters()})
+        self._optimised = {k: p for k, p in named.items() if p.requires_grad}
+        if not self._optimised:
+            raise ModelError("no parameter is trainable; remove `freeze` or add a method such as lora")
+
+    @property
+    def may_optimise(self) -> dict[str, nn.Parameter]:
+        """Every parameter of the optimised set, also those that a schedule has frozen for now."""
+        if self._optimised is None:
+            raise RuntimeError("parameter sets are not fixed yet")
+        return self._optimised
+
+    def optimised(self) -> dict[str, nn.Parameter]:
+        """Parameters that are optimised at this step, `module/name` for run modules."""
+        return {k: p for k, p in self.may_optimise.items() if p.requires_grad}
+
+    def adapted(self) -> dict[str, nn.Parameter]:
+        """Parameters that inner loops adapt: the model's own that match `inner_patterns`."""
+        patterns = self.inner_patterns
+        mine = {k: p for k, p in self.optimised().items() if "/" not in k}
+        return {k: p for k, p in mine.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in patterns)}
+
+    def perturbed(self) -> dict[str, nn.Parameter]:
+        """Parameters that weight perturbations move: the model's own."""
+        return {k: p for k, p in self.optimised().items() if "/" not in k}
+
+    def _cannot_load(self, name: str) -> nn.Module:
+        raise ModelError(f"this run cannot load a second model ({name})")

@@ -1,0 +1,32 @@
+"""The seams: the values that travel through them, the onion, and `ctx`."""
+
+from hybridengine.seams.context import Context
+from hybridengine.seams.divergence import kl_rows, sequence_norms
+from hybridengine.seams.randomness import KeyedRows, mix, permutation
+from hybridengine.seams.sites import Site, Sites
+from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
+from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, weighted_sum
+
+__all__ = [
+    "Batch",
+    "Context",
+    "Draw",
+    "Feature",
+    "KeyedRows",
+    "Metrics",
+    "Out",
+    "Prediction",
+    "RandomRows",
+    "Row",
+    "Site",
+    "Sites",
+    "Task",
+    "Term",
+    "View",
+    "Work",
+    "kl_rows",
+    "mix",
+    "permutation",
+    "sequence_norms",
+    "weighted_sum",
+]

@@ -1,0 +1,59 @@
+"""The base case of each seam: what runs when no method wraps it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hybridengine.seams.context import Context
+from hybridengine.seams.randomness import mix
+from hybridengine.seams.types import Batch, View, Work, weighted_sum
+
+__all__ = ["base_backward", "base_gradient", "base_step", "make_works"]
+
+
+def make_works(seed: int, step: int, batches: Sequence[Batch]) -> list[Work]:
+    """Weight each micro-batch of a step: per task and unit, one over the total of the whole step.
+
+    Hence any split of a step into micro-batches gives the same gradient, for token, sequence and unlabelled terms
+    alike. The dropout key follows (seed, step, position).
+    """
+    totals: Counter[tuple[str, str]] = Counter()
+    for batch in batches:
+        totals.update({(batch.task, unit): n for unit, n in batch.counts.items()})
+    works = []
+    for index, batch in enumerate(batches):
+        weights = {unit: 1 / max(totals[batch.task, unit], 1) for unit in batch.counts}
+        works.append(Work(batch, weights, View(key=mix(seed, step, index)), index))
+    return works
+
+
+def base_backward(ctx: Context, work: Work) -> dict[str, Tensor]:
+    """Evaluate the loss and add its weighted gradient to `.grad`; returns the weighted terms."""
+    out = ctx.loss(ctx, work.batch, work.view)
+    loss = weighted_sum(out.terms, work.weights)
+    ctx.witness.append((work.batch.rows, loss.detach()))
+    ctx.accumulate(loss)
+    return {name: (work.weights[unit] * value).detach() for name, (value, unit) in out.terms.items()}
+
+
+def base_gradient(ctx: Context, works: Sequence[Work]) -> dict[str, Tensor]:
+    """Accumulate over the step's micro-batches; only the last backward synchronises."""
+    total: dict[str, Tensor] = {}
+    for index, work in enumerate(works):
+        with ctx.no_sync(index < len(works) - 1):
+            terms: Mapping[str, Tensor] = ctx.backward(ctx, work)
+        for name, value in terms.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def base_step(ctx: Context, works: Sequence[Work]) -> dict[str, Tensor]:
+    """Zero, collect the gradient, update."""
+    ctx.zero()
+    terms = dict(ctx.gradient(ctx, works))
+    terms["gradient_norm"] = torch.tensor(ctx.apply())
+    return terms

@@ -1,0 +1,242 @@
+"""`ctx`, the only door to effects: precision, dropout keys, tracing and kernels live here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hybridengine import kernels
+from hybridengine.errors import SeamError
+from hybridengine.seams.gradients import Gradients
+from hybridengine.seams.precision import LossScale, Precision
+from hybridengine.seams.randomness import KeyedRows, dropout_key
+from hybridengine.seams.sites import Sites
+from hybridengine.seams.trace import Trace
+from hybridengine.seams.types import Batch, Out, Prediction, Term, View, Work
+
+__all__ = ["Context", "Host"]
+
+
+class Host(Protocol):
+    """What the context needs of the run that owns the model."""
+
+    model: Any
+    forward_model: Any
+    device: torch.device
+    precision: Precision
+    loss_scale: LossScale
+    seed: int
+    step: int
+    sites: Sites | None
+    task: Any
+    optimizer: Any
+    scheduler: Any
+    clip: float | None
+
+    def optimised(self) -> dict[str, nn.Parameter]: ...
+    def adapted(self) -> dict[str, nn.Parameter]: ...
+    def perturbed(self) -> dict[str, nn.Parameter]: ...
+    def state(self, name: str) -> dict[str, Any]: ...
+    def module(self, name: str) -> nn.Module: ...
+
+
+class Context(Gradients):
+    """What a method may do: evaluate, differentiate, move weights, draw keyed randomness, report effects.
+
+    The folded seams `loss`, `backward`, `gradient`, `step`, `predict` are set by the stack, as are `task_loss`
+    (the leaf alone) and `transform_outputs`.
+    """
+
+    loss: Callable[[Context, Batch, View], Out]
+    backward: Callable[[Context, Work], Mapping[str, Tensor]]
+    gradient: Callable[[Context, Sequence[Work]], Mapping[str, Tensor]]
+    step: Callable[[Context, Sequence[Work]], Mapping[str, Tensor]]
+    predict: Callable[[Context, Batch, View], Prediction]
+    leaf: Callable[[Context, Batch, View], Out]
+    transform_outputs: Callable[[Context, Batch, Any], Any]
+
+    def __init__(self, run: Host, *, stack_views: bool = True, report: Callable[..., None] | None = None) -> None:
+        super().__init__(run, Trace())
+        self.stack_views = stack_views
+        self.transform_outputs = lambda ctx, batch, outputs: outputs
+        self._report = report
+        self._live: Mapping[str, Tensor] | None = None
+        self._memo: dict[tuple[str, int], Any] | None = None
+
+    # ---- evaluating -------------------------------------------------------------------------------------------
+
+    def outputs(
+        self, batch: Batch, views: Sequence[View], *, model: nn.Module | None = None, features: bool = False
+    ) -> list[Out]:
+        """Logits of `batch` under each view, without a loss.
+
+        Several views are stacked into one forward when the plan chose so, their keys differ and their parameters
+        are the same; equal keys must see equal masks and therefore run apart.
+
+        Args:
+            model: another module in place of the run's model (a teacher); its logits stay untransformed.
+            features: also return the last hidden state.
+        """
+        if not self._stackable(batch, views):
+            return [self._forward(batch, view, model, features) for view in views]
+        whole = self._forward(*self._stacked(batch, views), model, features)
+        logits = cast(Tensor, whole.logits).chunk(len(views))
+        hidden = [None] * len(views) if whole.features is None else whole.features.chunk(len(views))
+        return [Out({}, x, h, view, replay=False) for x, h, view in zip(logits, hidden, views, strict=True)]
+
+    def several(
+        self, inner: Callable[[Context, Batch, View], Out], batch: Batch, views: Sequence[View]
+    ) -> tuple[dict[str, Term], list[Out]]:
+        """Evaluate `inner` under each view: the mean of its terms over the views, and one `Out` per view."""
+        if self._stackable(batch, views):
+            whole = inner(self, *self._stacked(batch, views))
+            logits = cast(Tensor, whole.logits).chunk(len(views))
+            outs = [Out({}, x, None, view, replay=False) for x, view in zip(logits, views, strict=True)]
+            terms = {name: (value / len(views), unit) for name, (value, unit) in whole.terms.items()}
+            return terms, outs
+        outs = [inner(self, batch, view) for view in views]
+        terms = {}
+        for name, (_, unit) in outs[0].terms.items():
+            values = [out.terms[name][0] for out in outs]
+            terms[name] = (torch.stack(values).sum(0) / len(views), unit)
+        return terms, outs
+
+    def task_loss(self, batch: Batch, view: View) -> Out:
+        """The leaf loss alone, without the methods around it: for delta-only ascents and inner loops."""
+        return self.leaf(self, batch, view)
+
+    def value(self, name: str, parameter: Tensor) -> Tensor:
+        """A run module's parameter `module/name` under the view being evaluated."""
+        return (self._live or {}).get(name, parameter)
+
+    def _stackable(self, batch: Batch, views: Sequence[View]) -> bool:
+        if len(views) < 2 or not self.stack_views or batch.parts:
+            return False
+        if any(view.params is not views[0].params for view in views):
+            return False
+        return views[0].key is None or len({view.key for view in views}) == len(views)
+
+    def _stacked(self, batch: Batch, views: Sequence[View]) -> tuple[Batch, View]:
+        sites = sorted({site for view in views for site in view.delta})
+        zeros = self.zeros(batch) if sites else {}
+        delta = {site: torch.cat([view.delta.get(site, zeros[site]) for view in views]) for site in sites}
+        return batch.repeat(len(views)), replace(views[0], delta=delta)
+
+    def _forward(self, batch: Batch, view: View, model: nn.Module | None, features: bool) -> Out:
+        own = self.run.model
+        target = model if model is not None else (self.run.forward_model if view.params is None else own)
+        if view.params is not None and getattr(own, "is_gradient_checkpointing", False):
+            raise SeamError(
+                "functional parameters cannot be used with gradient checkpointing: the recomputation would see the"
+                " base weights; set `train.checkpointing: false`"
+            )
+        self.trace.add("F", batch.size)
+        inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._evaluating(view.params))
+            stack.enter_context(dropout_key(self.run.device, view.key))
+            if view.delta:
+                stack.enter_context(self.sites.armed(view.delta))
+            stack.enter_context(self.run.precision.autocast(self.run.device))
+            if view.params is None:
+                outputs = target(**inputs)
+            else:
+                params = {name: p for name, p in view.params.items() if "/" not in name}
+                outputs = functional_call(target, params, (), inputs, tie_weights=True)
+        if model is None:
+            outputs = self.transform_outputs(self, batch, outputs)
+        hidden = None
+        if features:
+            states = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
+            hidden = states[-1]
+        return Out({}, outputs.logits, hidden, view)
+
+    @contextlib.contextmanager
+    def _evaluating(self, params: Mapping[str, Tensor] | None) -> Iterator[None]:
+        before, self._live = self._live, params
+        try:
+            yield
+        finally:
+            self._live = before
+
+    # ---- embedding sites --------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> Sites:
+        """The model's embedding sites."""
+        if self.run.sites is None:
+            raise SeamError("this model has no embedding of token ids that a delta could be added to")
+        return self.run.sites
+
+    def zeros(self, batch: Batch) -> dict[str, Tensor]:
+        """A zero delta `[B, L, D]` for every site that this batch feeds."""
+        out = {}
+        for name, site in self.sites.table.items():
+            if site.input in batch.inputs:
+                ids = batch.inputs[site.input]
+                out[name] = torch.zeros(*ids.shape, site.width, dtype=site.dtype, device=ids.device)
+        return out
+
+    def mask(self, batch: Batch, site: str) -> Tensor:
+        """The perturbable positions `[B, L]` of a site: real tokens, neither special nor template."""
+        return batch.masks["perturbable"][self.sites.table[site].input]
+
+    def ascend(
+        self,
+        batch: Batch,
+        delta: Mapping[str, Tensor],
+        gradient: Sequence[Tensor | None],
+        *,
+        step_size: float,
+        epsilon: float | None = None,
+        norm: str = "l2",
+    ) -> dict[str, Tensor]:
+        """One masked ascent step with projection; norms are per sequence, joint over sites (kernel `perturb`)."""
+        named = zip(delta, gradient, strict=True)
+        grads = {site: torch.zeros_like(delta[site]) if g is None else g for site, g in named}
+        masks = {site: self.mask(batch, site) for site in delta}
+        detached = {site: d.detach() for site, d in delta.items()}
+        return dict(kernels.perturb_step(detached, grads, masks, step_size=step_size, epsilon=epsilon, norm=norm))
+
+    # ---- randomness, sharing, effects --------------------------------------------------------------------------
+
+    def rng(self, stream: str, rows: Sequence[int]) -> KeyedRows:
+        """Random numbers keyed by (seed, stream, optimizer step, row)."""
+        return KeyedRows((self.run.seed, stream, self.run.step), rows)
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within this context `shared` computes each named result once per work (AWP's passes share one attack)."""
+        before, self._memo = self._memo, {}
+        try:
+            yield
+        finally:
+            self._memo = before
+
+    def shared(self, name: str, work: Work, make: Callable[[], Any]) -> Any:
+        """`make()`, or its earlier result for this work inside `sharing`. Results must carry no graph."""
+        if self._memo is None:
+            return make()
+        key = (name, work.id)
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def report(self, method: object, **effects: Tensor | float) -> None:
+        """Record what a method really did in this step, e.g. `delta_norm`, `kl`, `tensors`."""
+        if self._report is not None:
+            self._report(method, effects)
+
+    @contextlib.contextmanager
+    def second_order(self) -> Iterator[None]:
+        """Forwards inside can be differentiated twice: fused attention has no second derivative."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.MATH):
+            yield

@@ -1,0 +1,162 @@
+"""The half of `ctx` that differentiates, moves weights exactly, and applies the update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hybridengine.errors import NonFiniteError
+from hybridengine.seams.trace import Trace
+
+if TYPE_CHECKING:
+    from hybridengine.seams.context import Host
+
+__all__ = ["Gradients"]
+
+
+class Gradients:
+    """Gradients in and out of `.grad`, exact weight moves, and the one place where the optimizer steps."""
+
+    def __init__(self, run: Host, trace: Trace) -> None:
+        self.run = run
+        self.trace = trace
+        self.synchronise = True
+        self.witness: list[tuple[tuple[int, ...], Tensor]] = []
+        """(rows, loss) of each backward of this step, to name the culprits of a non-finite gradient."""
+        self._inner_steps = 0
+
+    # ---- gradients --------------------------------------------------------------------------------------------
+
+    def grad(self, loss: Tensor, wrt: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
+        """d loss / d `wrt`, unscaled, at least fp32, without touching any `.grad`.
+
+        Only the chosen tensors are differentiated: an ascent on a delta computes no weight gradients.
+        """
+        delta_only = all(t.is_leaf and not isinstance(t, nn.Parameter) for t in wrt)
+        self.trace.add("G" if delta_only else "H")
+        if create_graph:
+            self._inner_steps += 1
+        scaled = loss * self.run.loss_scale.value if self.run.loss_scale.value != 1.0 else loss
+        grads = torch.autograd.grad(scaled, list(wrt), create_graph=create_graph, allow_unused=True)
+        return [None if g is None else self.unscaled(g) for g in grads]
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """A gradient without the loss scale, in at least fp32."""
+        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
+        return wide if self.run.loss_scale.value == 1.0 else wide / self.run.loss_scale.value
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the (scaled) gradient of `loss` to `.grad` of every leaf it reaches."""
+        self.trace.add("B" if self.synchronise else "b")
+        (loss * self.run.loss_scale.value if self.run.loss_scale.value != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
+
+    def zero(self) -> None:
+        """Drop all gradients of the optimised parameters and start the step's record."""
+        self.witness.clear()
+        for parameter in self.run.optimised().values():
+            parameter.grad = None
+
+    def take_grads(self) -> dict[str, Tensor]:
+        """Remove and return the accumulated gradients, unscaled, at least fp32."""
+        taken = {}
+        for name, parameter in self.run.optimised().items():
+            if parameter.grad is not None:
+                taken[name] = self.unscaled(parameter.grad)
+                parameter.grad = None
+        return taken
+
+    def add_grads(self, grads: Mapping[str, Tensor]) -> None:
+        """Add unscaled gradients to `.grad`."""
+        parameters = self.run.optimised()
+        for name, gradient in grads.items():
+            parameter = parameters[name]
+            value = (gradient * self.run.loss_scale.value).to(parameter.dtype).detach()
+            parameter.grad = value if parameter.grad is None else parameter.grad + value
+
+    def pull_back(self, adapted: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+        """The vector-Jacobian product of an inner loop: gradients at `leaves` flow through `adapted` to the base.
+
+        The cut: query passes run on detached `leaves`, so that they may run backward as often as they like, and the
+        adaptation graph is differentiated once.
+        """
+        self.trace.add("P", depth=self._inner_steps)
+        self._inner_steps = 0
+        pairs = [(adapted[k], leaf.grad) for k, leaf in leaves.items() if leaf.grad is not None]
+        moved = [(value, g) for value, g in pairs if value.requires_grad]
+        torch.autograd.backward([value for value, _ in moved], [g for _, g in moved])
+
+    @contextlib.contextmanager
+    def no_sync(self, when: bool = True) -> Iterator[None]:
+        """Backward passes inside are not the step's last: with several processes they need no communication."""
+        before, self.synchronise = self.synchronise, self.synchronise and not when
+        try:
+            yield
+        finally:
+            self.synchronise = before
+
+    # ---- weights ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def swapped(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Optimised parameters hold `values` inside, and exactly their old bits afterwards, whatever happens."""
+        parameters = self.run.optimised()
+        saved = {name: parameters[name].detach().clone() for name in values}
+        try:
+            with torch.no_grad():
+                for name, value in values.items():
+                    parameters[name].copy_(value)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    parameters[name].copy_(value)
+
+    @contextlib.contextmanager
+    def moved(self, offsets: Mapping[str, Tensor]) -> Iterator[None]:
+        """Parameters hold `w + offset` inside; restored from a copy, for subtraction does not restore bits."""
+        self.trace.add("W")
+        parameters = self.run.optimised()
+        with self.swapped({k: parameters[k].detach() + o.to(parameters[k].dtype) for k, o in offsets.items()}):
+            yield
+
+    # ---- the update -------------------------------------------------------------------------------------------
+
+    def apply(self) -> float:
+        """Unscale, clip once, step optimizer and scheduler. Returns the gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: before the update, naming step and rows; with a dynamic fp16 scale the step is skipped.
+        """
+        self.trace.add("S")
+        run = self.run
+        grads = [p.grad for p in run.optimised().values() if p.grad is not None]
+        scale = run.loss_scale.value
+        norm = float(torch.nn.utils.get_total_norm(grads)) / scale if grads else 0.0
+        losses = [loss.reshape(()) for _, loss in self.witness]
+        finite = math.isfinite(norm) and (not losses or bool(torch.isfinite(torch.stack(losses)).all()))
+        if not finite and not run.loss_scale.dynamic:
+            raise NonFiniteError(self._accuse(norm))
+        if finite:
+            clip = run.clip
+            factor = (min(1.0, clip / max(norm, 1e-12)) if clip else 1.0) / scale
+            if factor != 1.0:
+                torch._foreach_mul_(grads, factor)
+            run.optimizer.step()
+        run.loss_scale.update(finite)
+        if run.scheduler is not None:
+            run.scheduler.step()
+        return norm
+
+    def _accuse(self, norm: float) -> str:
+        bad = [row for rows, loss in self.witness if not torch.isfinite(loss).all() for row in rows]
+        what = "loss is not finite" if bad else f"loss is finite but the gradient norm is {norm}"
+        rows = bad or [row for rows, _ in self.witness for row in rows]
+        return (
+            f"step {self.run.step + 1}: the {what} on rows {sorted(set(rows))[:32]}; the update was not made and the"
+            " weights are unchanged. Look at these rows, lower `train.lr`, or use `precision: fp32`."
+        )

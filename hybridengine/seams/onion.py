@@ -1,0 +1,36 @@
+"""The onion: each seam is an ordinary function, wrapped once at build time by the methods that use it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+__all__ = ["SEAMS", "Layer", "fold", "thread"]
+
+SEAMS = ("loss", "backward", "gradient", "step", "predict")
+"""Run-time seams from the inside out; `predict` stands beside them for evaluation."""
+
+Layer = Callable[..., Any]
+
+
+def fold(base: Layer, layers: Iterable[Layer]) -> Layer:
+    """Wrap `base` by `layers`, innermost first. A layer takes `inner` first and may call it 0..K times."""
+    function = base
+    for layer in layers:
+        function = functools.partial(layer, function)
+    return function
+
+
+def thread(functions: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """Chain `f(*args, value)` calls: each gets the value of the one before; None means unchanged."""
+
+    def run(*args: Any) -> Any:
+        *fixed, value = args
+        for function in functions:
+            changed = function(*fixed, value)
+            if changed is not None:
+                value = changed
+        return value
+
+    return run

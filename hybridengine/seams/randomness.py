@@ -1,0 +1,76 @@
+"""Keyed randomness: every draw is a function of what it is for, never of how many draws came before."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["KeyedRows", "dropout_key", "generator_of", "mix", "permutation"]
+
+
+def mix(*parts: object) -> int:
+    """A 56-bit key from any values with a stable `repr` (torch generators take 64 signed bits)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+class KeyedRows:
+    """Random numbers per row, each a function of (key, row id) alone.
+
+    A row's numbers do not depend on the other rows of the batch, nor on padding: a longer draw starts with the
+    numbers of the shorter one. Hence uniforms only: torch's `normal_` has no such prefix property.
+    """
+
+    def __init__(self, key: Sequence[object], rows: Sequence[int]) -> None:
+        self._key = tuple(key)
+        self._rows = tuple(rows)
+        self._generator = torch.Generator()
+
+    def uniform(self, *shape: int) -> Tensor:
+        """fp32 numbers in [0, 1), shape `[B, *shape]`, on the CPU."""
+        out = torch.empty((len(self._rows), *shape), dtype=torch.float32)
+        for index, row in enumerate(self._rows):
+            out[index].uniform_(generator=self._generator.manual_seed(mix(*self._key, row)))
+        return out
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers `[B, *shape]` by Box-Muller, prefix-stable like the uniforms."""
+        pairs = self.uniform(*shape, 2)
+        radius = (-2 * torch.log1p(-pairs[..., 0])).sqrt()
+        return radius * torch.cos(2 * math.pi * pairs[..., 1])
+
+
+def permutation(size: int, *key: object) -> list[int]:
+    """A shuffled `range(size)` that depends on the key alone."""
+    generator = torch.Generator().manual_seed(mix(*key))
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The generator that dropout on `device` draws from."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+@contextlib.contextmanager
+def dropout_key(device: torch.device, key: int | None) -> Iterator[None]:
+    """Dropout inside draws the masks of `key`; the device's global stream is as before afterwards.
+
+    Setting one generator costs microseconds; `torch.random.fork_rng` reseeds every GPU.
+    """
+    if key is None:
+        yield
+        return
+    generator = generator_of(device)
+    before = generator.get_state()
+    generator.manual_seed(key)
+    try:
+        yield
+    finally:
+        generator.set_state(before)

@@ -1,0 +1,140 @@
+"""Embedding sites: the calls of embedding modules on the batch's token ids, where a delta may be added.
+
+A site is a *call*, found by one traced forward with made-up ids: positions, token types and T5's relative bias are
+embeddings too, T5 and BART share one module between encoder and decoder, and `get_input_embeddings` names only one.
+Permanent hooks read a slot, installed before `torch.compile` (hooks added later are silently ignored by it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridengine.errors import SeamError
+
+__all__ = ["Site", "Sites"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One embedding call: the model input it reads, its width D, and its output's dtype."""
+
+    input: str
+    width: int
+    dtype: torch.dtype
+
+
+class Sites:
+    """The embedding sites of one model, and the slot through which a delta reaches them."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        self.table: dict[str, Site] = {}
+        self.soft_prompt: Callable[[], Tensor] | None = None
+        self._calls_per_module: dict[str, int] = {}
+        self._delta: Mapping[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+        self._used: list[str] = []
+        self._raw_ids: dict[str, Tensor] = {}
+        self._find(model, _made_up(inputs))
+        modules = dict(model.named_modules())
+        for name in self._calls_per_module:
+            modules[name].register_forward_pre_hook(functools.partial(self._before, name))
+            modules[name].register_forward_hook(functools.partial(self._after, name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sites:
+        return self  # a copied model (teacher, average) keeps reading the same slot
+
+    def _find(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        seen: list[tuple[str, Tensor, Tensor]] = []
+
+        def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen.append((name, args[0].clone(), output))
+
+        handles = [
+            module.register_forward_hook(functools.partial(record, name))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding)
+        ]
+        training = model.training
+        try:
+            with torch.no_grad():
+                model.eval()(**inputs)
+        finally:
+            model.train(training)
+            for handle in handles:
+                handle.remove()
+        for name, ids, output in seen:
+            matches = [k for k, v in inputs.items() if k.endswith("input_ids") and torch.equal(v, ids)]
+            if matches:
+                nth = self._calls_per_module.get(name, 0)
+                self._calls_per_module[name] = nth + 1
+                self.table[_site_name(name, nth)] = Site(matches[0], int(output.shape[-1]), output.dtype)
+
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.soft_prompt is None:
+            return None
+        # Placeholder id -1-i stands for prompt vector i; the lookup itself must see a valid row.
+        self._raw_ids[name] = args[0]
+        return (args[0].clamp_min(0), *args[1:])
+
+    def _after(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self.soft_prompt is not None:
+            ids = self._raw_ids.pop(name)
+            vectors = self.soft_prompt()[(-1 - ids).clamp_min(0)].to(output.dtype)
+            output = torch.where((ids < 0).unsqueeze(-1), vectors, output)
+        if not self._delta:
+            return output
+        nth = self._calls.get(name, 0)
+        self._calls[name] = nth + 1
+        if nth >= self._calls_per_module[name]:
+            raise SeamError(f"embedding {name!r} ran again inside one forward with a delta (generation?)")
+        site = _site_name(name, nth)
+        if site not in self._delta:
+            return output
+        delta = self._delta[site]
+        self._used.append(site)
+        if delta.shape != output.shape:
+            raise SeamError(f"site {site!r}: delta has shape {tuple(delta.shape)}, output {tuple(output.shape)}")
+        return output + delta.to(output.dtype)
+
+    @contextlib.contextmanager
+    def armed(self, delta: Mapping[str, Tensor]) -> Iterator[None]:
+        """One forward inside consumes each delta exactly once, or this raises `SeamError`."""
+        if not delta:
+            yield
+            return
+        self._delta, self._calls, self._used = dict(delta), {}, []
+        try:
+            yield
+            if sorted(self._used) != sorted(delta):
+                raise SeamError(
+                    f"a delta was given for sites {sorted(delta)}, but the forward consumed {sorted(self._used)};"
+                    f" this model's sites are {sorted(self.table)}"
+                )
+        finally:
+            self._delta, self._calls, self._used = {}, {}, []
+
+
+def _site_name(module: str, nth: int) -> str:
+    return f"{module}#{nth}" if nth else module
+
+
+def _made_up(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with distinct, small ids per token input, so that equal real inputs cannot be confused."""
+    out: dict[str, Tensor] = {}
+    offset = 0
+    for name, value in inputs.items():
+        if name.endswith("input_ids"):
+            # Small ids are valid in any vocabulary of 32 rows or more; the offset tells the inputs apart.
+            rows, length = value.shape
+            wave = (torch.arange(rows * length, device=value.device).view(rows, length) * 7 + offset) % 29
+            value = wave.to(value.dtype) + 3
+            offset += 11
+        out[name] = value
+    return out

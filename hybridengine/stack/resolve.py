@@ -1,0 +1,134 @@
+"""From names to methods: find, validate, construct; every problem at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hybridengine.config import Config, Source
+from hybridengine.errors import ConfigError
+from hybridengine.plugin.calling import Hooks
+from hybridengine.plugin.catalogue import Catalogue
+from hybridengine.plugin.parameters import create
+from hybridengine.plugin.stacking import Method
+
+__all__ = ["DEFAULTS", "Resolved", "as_method", "resolve"]
+
+DEFAULTS = {"build_optimizer": "adamw", "build_scheduler": "linear"}
+"""Methods that join where no named method builds the optimizer or the schedule."""
+
+_RESERVED = ("order", "check_effect")
+
+
+@dataclass
+class Resolved:
+    """The members of a run: its task, its data plugin, and the stack."""
+
+    task: Method
+    data: Method
+    methods: list[Method]
+    problems: list[str] = field(default_factory=list)
+
+    def hooks(self) -> Hooks:
+        """A fresh plugin manager over all members."""
+        return Hooks([self.task, self.data, *self.methods])
+
+
+def resolve(config: Config, source: Source, catalogue: Catalogue, extra: Sequence[object] = ()) -> Resolved:
+    """Find and construct every plugin that the config names.
+
+    Args:
+        extra: method objects given in Python, without packaging.
+
+    Raises:
+        ConfigError: with all problems, each naming file and line.
+    """
+    problems: list[str] = []
+    name, options = config.task_entry
+    task_at: tuple[str | int, ...] = ("task",) if isinstance(config.task, str) else ("task", name)
+    task = _member(name, options, "task", task_at, source, catalogue, problems)
+    data_options = dict(config.data.model_extra or {})
+    data = _member(config.data.use, data_options, "data", ("data",), source, catalogue, problems)
+    methods = [as_method(plugin) for plugin in extra]
+    for index, entry in enumerate(config.methods):
+        name, options = config.method_entries[index]
+        location: tuple[str | int, ...] = ("methods", index) if isinstance(entry, str) else ("methods", index, name)
+        method = _member(name, options, "method", location, source, catalogue, problems)
+        if any(other.name == name for other in methods):
+            problems.append(f"{source.where(location)}: method {name!r} is named twice; keep one entry")
+        elif method is not None:
+            methods.append(method)
+    if problems or task is None or data is None:
+        raise ConfigError(problems)
+    methods += _defaults(methods, source, catalogue)
+    return Resolved(task, data, methods)
+
+
+def as_method(plugin: object) -> Method:
+    """A method object given in Python as a member of the stack, named by its `name` or its class."""
+    if isinstance(plugin, type):
+        raise ConfigError(f"methods: pass an instance, not the class {plugin.__name__}; write {plugin.__name__}()")
+    kebab = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(plugin).__name__).lower()
+    name = str(getattr(plugin, "name", kebab))
+    try:
+        values = {f.name: getattr(plugin, f.name) for f in fields(plugin) if f.init}  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"methods: {name!r} is not a dataclass; decorate its class with @dataclass(eq=False)") from None
+    return Method(name, plugin, type(plugin).__module__, "", values)
+
+
+def _member(
+    name: str,
+    options: Mapping[str, Any],
+    kind: str,
+    location: tuple[str | int, ...],
+    source: Source,
+    catalogue: Catalogue,
+    problems: list[str],
+) -> Method | None:
+    try:
+        listing = catalogue.find(name, source.where(location), kind)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None
+    cls = listing.load()
+    own = {key: value for key, value in options.items() if key not in _RESERVED or kind != "method"}
+    plugin, found = create(name, cls, own, source, location)
+    problems.extend(found)
+    if plugin is None:
+        return None
+    method = Method(name, plugin, listing.distribution, listing.version)
+    if method.traits.kind != kind:
+        place = {"method": "methods", "task": "task", "data": "data.use"}[method.traits.kind]
+        problems.append(f"{source.where(location)}: {name!r} is a {method.traits.kind} plugin; name it under `{place}`")
+        return None
+    method.parameters = {f.name: getattr(plugin, f.name) for f in fields(cls) if f.init}
+    if kind == "method":
+        method.order_override, method.check_effect = _reserved(name, options, source, location, problems)
+    return method
+
+
+def _reserved(
+    name: str, options: Mapping[str, Any], source: Source, location: tuple[str | int, ...], problems: list[str]
+) -> tuple[int | None, bool]:
+    order, check = options.get("order"), options.get("check_effect", True)
+    if order is not None and (isinstance(order, bool) or not isinstance(order, int)):
+        problems.append(f"{source.where((*location, 'order'))}: {name}.order must be a whole number, got {order!r}")
+        order = None
+    if not isinstance(check, bool):
+        problems.append(f"{source.where((*location, 'check_effect'))}: {name}.check_effect must be true or false")
+        check = True
+    return order, check
+
+
+def _defaults(methods: Sequence[Method], source: Source, catalogue: Catalogue) -> list[Method]:
+    added = []
+    known = set(catalogue.names())
+    for hook_name, name in DEFAULTS.items():
+        if name in known and not any(hasattr(m.plugin, hook_name) for m in methods):
+            method = _member(name, {}, "method", (), source, catalogue, [])
+            if method is not None:
+                added.append(method)
+    return added
