@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace hybridengine {
+
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+
+// Runs `function` over [0, count) in torch's own thread pool, in ranges of at least `grain`; serially where torch is
+// not loaded or is older than 2.10. The pool is torch's, so torch.set_num_threads() holds and no second OpenMP
+// runtime is loaded.
+void parallel_ranges(int64_t count, int64_t grain, RangeFunction function, void* context);
+// Whether torch's pool was found.
+bool has_thread_pool();
+
+template <class Function>
+void parallel_for(int64_t count, int64_t grain, Function&& function) {
+  using Plain = std::remove_reference_t<Function>;
+  parallel_ranges(
+      count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<Plain*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&function)));
+}
+
+}  // namespace hybridengine

@@ -1,0 +1,89 @@
+// The table of what Python can call. Tensors arrive as addresses, shapes and strides, so no torch header is needed;
+// the Python side checks types and keeps the tensors alive during the call.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "common/allocator.h"
+#include "common/buffer_pool.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "cross_entropy/cross_entropy.h"
+#include "perturb/perturb.h"
+
+namespace py = pybind11;
+using namespace hybridengine;
+
+namespace {
+
+using Address = uintptr_t;  // 0 stands for "none"
+
+template <class Type>
+Type* pointer(Address address) {
+  return reinterpret_cast<Type*>(address);
+}
+
+void call_cross_entropy(int element, Address logits, int64_t row_stride, Address target, Address weight, int64_t rows,
+                        int64_t classes, int64_t ignore_index, double smoothing, int reduction, bool empty_is_zero,
+                        Address loss, Address gradient) {
+  cross_entropy({static_cast<ElementType>(element), pointer<const void>(logits), row_stride,
+                 pointer<const int64_t>(target), pointer<const void>(weight), rows, classes, ignore_index, smoothing,
+                 static_cast<Reduction>(reduction), empty_is_zero, pointer<void>(loss), pointer<void>(gradient)});
+}
+
+void call_scale_rows(int element, Address gradient, int64_t rows, int64_t classes, Address factor,
+                     int64_t factor_stride) {
+  scale_rows(static_cast<ElementType>(element), pointer<void>(gradient), rows, classes, pointer<const void>(factor),
+             factor_stride);
+}
+
+// delta, gradient, mask, output, length, width
+using Site = std::tuple<Address, Address, Address, Address, int64_t, int64_t>;
+
+void call_perturb_step(int element, int64_t batch, const std::vector<Site>& sites, double step_size,
+                       std::optional<double> epsilon, bool linf) {
+  PerturbStep step{static_cast<ElementType>(element), batch, {}, step_size,
+                   epsilon.value_or(std::numeric_limits<double>::infinity()), linf};
+  for (const auto& [delta, gradient, mask, output, length, width] : sites) {
+    step.sites.push_back({pointer<const void>(delta), pointer<const void>(gradient), pointer<const bool>(mask),
+                          pointer<void>(output), length, width});
+  }
+  perturb_step(step);
+}
+
+py::dict pool_statistics_as_dict() {
+  const PoolStatistics statistics = pool_statistics();
+  py::dict result;
+  result["live_bytes"] = statistics.live_bytes;
+  result["idle_bytes"] = statistics.idle_bytes;
+  result["limit_bytes"] = statistics.limit_bytes;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  const py::call_guard<py::gil_scoped_release> without_gil;
+  module.def("cross_entropy", &call_cross_entropy, without_gil);
+  module.def("scale_rows", &call_scale_rows, without_gil);
+  module.def("perturb_step", &call_perturb_step, without_gil);
+
+  module.def("isa", &isa_name);
+  module.def("supported_isas", &supported_isas);
+  module.def("set_isa", &set_isa);
+  module.def("has_thread_pool", &has_thread_pool);
+
+  module.def("tune_allocator", &tune_allocator);
+  module.def("pool_statistics", &pool_statistics_as_dict);
+  module.def("release_pool", &release_pool);
+  py::class_<Buffer>(module, "Buffer", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_buffer([](Buffer& buffer) {
+        return py::buffer_info(buffer.data(), 1, py::format_descriptor<uint8_t>::format(), 1,
+                               {static_cast<py::ssize_t>(buffer.size())}, {1});
+      });
+}

@@ -1,0 +1,33 @@
+"""Fast kernels with a plain torch reference beside each: usable without the rest of the engine.
+
+    from hybridengine import kernels
+
+    loss = kernels.cross_entropy(logits, target)                      # forward and gradient in one pass
+    delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
+    kernels.explain()                                                 # which implementation runs, and why not another
+
+One folder an operation: `reference.py` is the specification, its neighbours are the ways to run it.
+"""
+
+# The functions take the names of their packages. That holds because a package is bound to its parent only when it is
+# first imported, which happens here, before the line that imports the function from it is finished.
+from hybridengine.kernels.cross_entropy import CrossEntropyLoss, cross_entropy
+from hybridengine.kernels.dispatch import Row, explain, read_environment, reset_used, used
+from hybridengine.kernels.memory import pool_report, release_pool, tune_allocator
+from hybridengine.kernels.native import set_isa
+from hybridengine.kernels.perturb import perturb_step
+
+__all__ = [
+    "CrossEntropyLoss",
+    "Row",
+    "cross_entropy",
+    "explain",
+    "perturb_step",
+    "pool_report",
+    "read_environment",
+    "release_pool",
+    "reset_used",
+    "set_isa",
+    "tune_allocator",
+    "used",
+]
