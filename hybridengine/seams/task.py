@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hybridengine.seams.randomness import KeyedRows
@@ -19,7 +21,9 @@ Row = Mapping[str, Any]
 """One example as the data gives it, columns already renamed to the task's roles (`text`, `label`, ...)."""
 
 Feature = dict[str, Any]
-"""One example as token ids and masks: lists of ints by name, with `length` for bucketing."""
+"""One example as lists of ints by name: `input_ids`, where wanted `token_type_ids` and `perturbable` (1 for tokens that
+an attack may move), `label` (the encoded target, absent for unlabelled rows), and the numbers `length` (for bucketing)
+and `truncated` (whether tokens were cut off)."""
 
 RandomRows = Callable[[str, Sequence[int]], KeyedRows]
 """`random(stream, rows)`: keyed random numbers for a batch, e.g. which tokens a masked LM hides."""
@@ -36,12 +40,15 @@ class Metrics(Protocol):
         """All numbers; scalars by name, plus nested tables such as `per_class` and `confusion`."""
         ...
 
-    def row_scores(self) -> list[float]:
-        """One number per row whose resampled statistic is the main metric (for the bootstrap interval)."""
+    def row_scores(self) -> NDArray[np.float64]:
+        """Numbers per row `[n, k]`, in the order of row ids, that the main metric is a function of the means of.
+
+        `k` is 1 and the function the identity where the metric is itself a mean (accuracy).
+        """
         ...
 
-    def statistic(self) -> Callable[[Any], Any]:
-        """Resampled row scores `[R, n]` to the main metric `[R]`; the mean unless the metric is not a mean."""
+    def statistic(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+        """Means of `row_scores` over resampled rows `[R, k]` to the main metric `[R]`."""
         ...
 
 
@@ -54,6 +61,7 @@ class Task(Protocol):
         columns: role to default column name, e.g. `{"text": "text", "label": "label"}`.
         optional_columns: roles that rows may lack.
         metric: name of the main metric; `greater_is_better` its direction.
+        metric_names: every metric that `evaluate.metric` may name.
         unit: the unit its leaf loss is counted in (`rows` or `tokens`).
         head: patterns naming the head's parameters.
     """
@@ -63,6 +71,7 @@ class Task(Protocol):
     optional_columns: Sequence[str]
     metric: str
     greater_is_better: bool
+    metric_names: Sequence[str]
     unit: str
     head: Sequence[str]
 
@@ -106,6 +115,8 @@ class Task(Protocol):
         """Fresh streaming metrics."""
         ...
 
-    def records(self, run: Any, batch: Batch, prediction: Prediction) -> Iterable[dict[str, Any]]:
-        """One JSON-able prediction per row, in order."""
+    def records(
+        self, run: Any, batch: Batch, prediction: Prediction, rows: Sequence[Row]
+    ) -> Iterable[dict[str, Any]]:
+        """One JSON-able prediction per row, in order; `rows` are the batch's raw rows."""
         ...

@@ -174,11 +174,13 @@ class Prediction:
         scores: probabilities `[B, C]` or `[B, L, C]`, or None for generated text.
         generated: token ids `[B, T]`, or None.
         terms: the task's loss terms, for the validation loss and perplexity.
+        per_row: further numbers `[B]` by name, e.g. summed loss and scored tokens of each row of a language model.
     """
 
     scores: Tensor | None = None
     generated: Tensor | None = None
     terms: Mapping[str, Term] = field(default_factory=dict)
+    per_row: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
