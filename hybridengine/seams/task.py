@@ -115,8 +115,6 @@ class Task(Protocol):
         """Fresh streaming metrics."""
         ...
 
-    def records(
-        self, run: Any, batch: Batch, prediction: Prediction, rows: Sequence[Row]
-    ) -> Iterable[dict[str, Any]]:
+    def records(self, run: Any, batch: Batch, prediction: Prediction, rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
         """One JSON-able prediction per row, in order; `rows` are the batch's raw rows."""
         ...
