@@ -54,7 +54,9 @@ def with_unlabelled(sampler: Sampler, count: int, batch_size: int, seed: int) ->
             order += permutation(count, seed, "unlabelled", epoch, turn)
             turn += 1
         parts = [tuple(order[i * batch_size : (i + 1) * batch_size]) for i in range(len(base))]
-        return [replace(d, parts={**d.parts, "unlabelled": ("unlabelled", p)}) for d, p in zip(base, parts, strict=True)]
+        return [
+            replace(d, parts={**d.parts, "unlabelled": ("unlabelled", p)}) for d, p in zip(base, parts, strict=True)
+        ]
 
     return draws
 

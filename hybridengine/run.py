@@ -49,6 +49,9 @@ class Run:
         stop_reason: set it to stop training after this step, with the reason.
         notes: things worth telling the user, in order.
         dry: True on the toy run of the plan.
+        card: the data card; `model_config` the transformers configuration, known before the model is loaded.
+        missing_parameters: names that the checkpoint lacked and that start from random values.
+        greater_is_better: direction of the main metric.
     """
 
     def __init__(self, config: Config, device: torch.device, precision: Precision, scale: LossScale) -> None:
@@ -75,7 +78,11 @@ class Run:
         self.notes: list[str] = []
         self.stop_reason: str | None = None
         self.card: dict[str, Any] = {}
+        self.model_config: Any = None
+        self.missing_parameters: list[str] = []
+        self.greater_is_better = True
         self.modules: dict[str, nn.Module] = {}
+        self.static_modules: set[str] = set()
         self.inner_patterns: Sequence[str] = ("*",)
         self.load_model: Callable[[str], nn.Module] = self._cannot_load
         self._state: dict[str, dict[str, Any]] = {}
@@ -96,10 +103,16 @@ class Run:
         """An extra module by name."""
         return self.modules[name]
 
-    def add_module(self, name: str, module: nn.Module) -> nn.Module:
-        """Own an extra module: moved to the device, checkpointed, optimised where it requires gradients."""
+    def add_module(self, name: str, module: nn.Module, *, static: bool = False) -> nn.Module:
+        """Own an extra module: moved to the device, checkpointed, optimised where it requires gradients.
+
+        Args:
+            static: never changes (a teacher) and is rebuilt by its method; left out of checkpoints.
+        """
         if name in self.modules:
             raise ValueError(f"run module {name!r} exists already")
+        if static:
+            self.static_modules.add(name)
         self.modules[name] = module.to(self.device)
         return self.modules[name]
 

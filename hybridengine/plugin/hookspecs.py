@@ -191,7 +191,9 @@ class HookSpecs:
     # ==== perturbation ==========================================================================================
 
     @spec
-    def wrap_backward(self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, work: Work) -> Mapping[str, Tensor]:  # noqa: E501
+    def wrap_backward(
+        self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, work: Work
+    ) -> Mapping[str, Tensor]:  # noqa: E501
         """Add the weighted gradient of one work to `.grad`: attacks on inputs, episodes.
 
         Example:
@@ -202,7 +204,9 @@ class HookSpecs:
         """
 
     @spec
-    def wrap_gradient(self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]) -> Mapping[str, Tensor]:  # noqa: E501
+    def wrap_gradient(
+        self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
+    ) -> Mapping[str, Tensor]:  # noqa: E501
         """Complete `.grad` for the step, over all micro-batches: perturbations of weights, gradient surgery.
 
         Example:
@@ -236,7 +240,9 @@ class HookSpecs:
         """
 
     @spec
-    def wrap_step(self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]) -> Mapping[str, Tensor]:  # noqa: E501
+    def wrap_step(
+        self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
+    ) -> Mapping[str, Tensor]:  # noqa: E501
         """One optimizer step: afterwards the parameters have moved. Averages, replays, changing trainable sets.
 
         Example:

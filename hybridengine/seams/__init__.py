@@ -5,7 +5,7 @@ from hybridengine.seams.divergence import kl_rows, sequence_norms
 from hybridengine.seams.randomness import KeyedRows, mix, permutation
 from hybridengine.seams.sites import Site, Sites
 from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
-from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, weighted_sum
+from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, add_terms, weighted_sum
 
 __all__ = [
     "Batch",
@@ -24,6 +24,7 @@ __all__ = [
     "Term",
     "View",
     "Work",
+    "add_terms",
     "kl_rows",
     "mix",
     "permutation",

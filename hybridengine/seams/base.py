@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.randomness import mix
-from hybridengine.seams.types import Batch, View, Work, weighted_sum
+from hybridengine.seams.types import Batch, View, Work, add_terms, weighted_sum
 
 __all__ = ["base_backward", "base_gradient", "base_step", "make_works"]
 
@@ -45,9 +45,7 @@ def base_gradient(ctx: Context, works: Sequence[Work]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for index, work in enumerate(works):
         with ctx.no_sync(index < len(works) - 1):
-            terms: Mapping[str, Tensor] = ctx.backward(ctx, work)
-        for name, value in terms.items():
-            total[name] = total[name] + value if name in total else value
+            total = add_terms(total, ctx.backward(ctx, work))
     return total
 
 

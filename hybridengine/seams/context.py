@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ class Context(Gradients):
                 "functional parameters cannot be used with gradient checkpointing: the recomputation would see the"
                 " base weights; set `train.checkpointing: false`"
             )
-        self.trace.add("F", batch.size)
+        self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
         inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._evaluating(view.params))
@@ -195,7 +195,7 @@ class Context(Gradients):
         *,
         step_size: float,
         epsilon: float | None = None,
-        norm: str = "l2",
+        norm: Literal["l2", "linf"] = "l2",
     ) -> dict[str, Tensor]:
         """One masked ascent step with projection; norms are per sequence, joint over sites (kernel `perturb`)."""
         named = zip(delta, gradient, strict=True)

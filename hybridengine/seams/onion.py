@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["SEAMS", "Layer", "fold", "thread"]
+__all__ = ["SEAMS", "Layer", "fold"]
 
 SEAMS = ("loss", "backward", "gradient", "step", "predict")
 """Run-time seams from the inside out; `predict` stands beside them for evaluation."""
@@ -20,17 +20,3 @@ def fold(base: Layer, layers: Iterable[Layer]) -> Layer:
     for layer in layers:
         function = functools.partial(layer, function)
     return function
-
-
-def thread(functions: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
-    """Chain `f(*args, value)` calls: each gets the value of the one before; None means unchanged."""
-
-    def run(*args: Any) -> Any:
-        *fixed, value = args
-        for function in functions:
-            changed = function(*fixed, value)
-            if changed is not None:
-                value = changed
-        return value
-
-    return run

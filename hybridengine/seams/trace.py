@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 __all__ = ["Event", "Trace", "cost_of", "summarise"]
 
-COSTS = {"F": 1.0, "B": 2.0, "b": 2.0, "G": 1.0, "H": 2.0, "S": 0.0, "W": 0.0}
-"""F forward, B/b backward with/without gradient synchronisation, G delta-only gradient, H parameter gradient,
-P pull-back through H's graph, W weights moved, S optimizer step."""
+COSTS = {"F": 1.0, "f": 1.0, "B": 2.0, "b": 2.0, "G": 1.0, "H": 2.0, "S": 0.0, "W": 0.0}
+"""F/f forward with/without a graph, B/b backward with/without gradient synchronisation, G delta-only gradient,
+H parameter gradient, P pull-back through H's graph, W weights moved, S optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,28 @@ class Trace:
 
 
 def cost_of(events: Iterable[Event], rows: int) -> float:
-    """Predicted FLOPs in units of one forward of `rows` rows."""
+    """Predicted FLOPs in units of one forward of `rows` rows.
+
+    A gradient (G, H) differentiates the last forward; a backward all forwards since the last one that no gradient
+    has taken, e.g. both passes of R-Drop.
+    """
     total, last_rows = 0.0, rows
+    open_rows: list[int] = []
     for event in events:
-        if event.kind == "F":
-            last_rows = event.rows
-        if event.kind == "P":
+        if event.kind in "Ff":
+            total += COSTS[event.kind] * event.rows
+            if event.kind == "F":
+                last_rows = event.rows
+                open_rows.append(event.rows)
+        elif event.kind in "GH":
+            total += COSTS[event.kind] * (open_rows.pop() if open_rows else last_rows)
+        elif event.kind in "Bb":
+            total += COSTS[event.kind] * sum(open_rows)
+            open_rows.clear()
+        elif event.kind == "P":
             # Differentiating K inner steps (forward 1 + backward 2 each) twice costs two more of each.
-            total += 6.0 * event.depth * last_rows / rows
-        else:
-            total += COSTS[event.kind] * last_rows / rows
-    return total
+            total += 6.0 * event.depth * last_rows
+    return total / rows
 
 
 def summarise(events: Iterable[Event]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridengine.seams.randomness import mix
 
-__all__ = ["Batch", "Draw", "Out", "Prediction", "Term", "View", "Work", "weighted_sum"]
+__all__ = ["Batch", "Draw", "Out", "Prediction", "Term", "View", "Work", "add_terms", "weighted_sum"]
 
 Term = tuple[Tensor, str]
 """A loss term: the *sum* over its units, and the name of the unit (`rows`, `tokens`, `episodes`, ...)."""
@@ -198,6 +198,15 @@ class Draw:
     parts: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     relabel: Mapping[int, int] | None = None
     epoch: int = 0
+
+
+def add_terms(*parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What several passes of one work returned, summed by name."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total
 
 
 def weighted_sum(terms: Mapping[str, Term], weights: Mapping[str, float]) -> Tensor:

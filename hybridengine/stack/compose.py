@@ -31,9 +31,7 @@ def compose(run: Run, hooks: Hooks, *, stack_views: bool = True, report: Callabl
     ctx.gradient = _folded(hooks, "wrap_gradient", base_gradient, Mapping)
     ctx.step = _folded(hooks, "wrap_step", base_step, Mapping)
     ctx.predict = _folded(hooks, "wrap_predict", _base_predict, Prediction)
-    ctx.transform_outputs = lambda ctx, batch, outputs: hooks.transform("transform_outputs", ctx, batch, outputs)
-    if not hooks.implementations("transform_outputs"):
-        ctx.transform_outputs = lambda ctx, batch, outputs: outputs
+    ctx.transform_outputs = hooks.chain("transform_outputs") or ctx.transform_outputs
     return ctx
 
 
@@ -66,12 +64,16 @@ def _base_predict(ctx: Context, batch: Batch, view: View) -> Prediction:
 
 
 @contextmanager
-def evaluation(ctx: Context, hooks: Hooks) -> Iterator[None]:
-    """Evaluation mode, inside every `wrap_evaluation` context (averaged weights and the like)."""
+def evaluation(ctx: Context, hooks: Hooks, *, stored: bool = False) -> Iterator[None]:
+    """Evaluation mode, inside every `wrap_evaluation` context (averaged weights and the like).
+
+    Args:
+        stored: the weights were loaded from `best/`, which already holds what those contexts showed.
+    """
     model = ctx.run.model
     training = model.training
     with ExitStack() as stack:
-        for method, function in hooks.implementations("wrap_evaluation"):
+        for method, function in () if stored else hooks.implementations("wrap_evaluation"):
             try:
                 stack.enter_context(function(ctx))
             except Exception as error:

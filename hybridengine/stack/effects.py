@@ -96,5 +96,3 @@ class EffectLog:
             if method in self._totals:
                 self._totals[method] = {name: list(values) for name, values in effects.items()}
         self._idle.update({k: v for k, v in state["idle"].items() if k in self._idle})
-
-

@@ -75,7 +75,9 @@ def as_method(plugin: object) -> Method:
     try:
         values = {f.name: getattr(plugin, f.name) for f in fields(plugin) if f.init}  # type: ignore[arg-type]
     except TypeError:
-        raise ConfigError(f"methods: {name!r} is not a dataclass; decorate its class with @dataclass(eq=False)") from None
+        raise ConfigError(
+            f"methods: {name!r} is not a dataclass; decorate its class with @dataclass(eq=False)"
+        ) from None
     return Method(name, plugin, type(plugin).__module__, "", values)
 
 

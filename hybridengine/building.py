@@ -1,0 +1,138 @@
+"""Build a run's parts in order: device and precision, model, adapters, features, optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridengine.config import Config, ModelConfig
+from hybridengine.data.card import add_token_lengths
+from hybridengine.errors import ConfigError, ModelError, StackError
+from hybridengine.models import capabilities_of, choose_device, load_model
+from hybridengine.plugin.calling import Hooks
+from hybridengine.run import ParamGroup, Run
+from hybridengine.seams.precision import choose_precision
+from hybridengine.seams.sites import Sites
+from hybridengine.seams.task import Feature
+from hybridengine.stack.rules import NEEDS
+
+__all__ = ["adapt_model", "build_model", "build_optimizer", "initial_run", "make_features"]
+
+
+def initial_run(config: Config) -> Run:
+    """A run with device and precision chosen, and nothing loaded."""
+    device = choose_device(config.train.device)
+    precision, scale = choose_precision(config.train.precision, device)
+    run = Run(config, device, precision, scale)
+    if config.train.precision == "auto":
+        run.say(f"precision {precision.name}: {precision.reason}")
+    return run
+
+
+def build_model(run: Run, hooks: Hooks) -> None:
+    """Load the model through `build_model`, or by the task's own class."""
+    model = hooks.build("build_model", run)
+    if model is None:
+        options = run.task.model_options(run)
+        model, missing = load_model(run.task.auto_class, run.config.model, options, seed=run.seed)
+        run.missing_parameters = missing
+        if missing:
+            run.say(f"{run.config.model.name} has no weights for {', '.join(missing)}; they start from random values")
+    model = run.task.configure(run, model)
+    if run.config.train.checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ConfigError(f"train.checkpointing: {type(model).__name__} does not support it; set it to false")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.model = model
+    run.load_model = lambda name: _second_model(run, name)
+
+
+def _second_model(run: Run, name: str) -> nn.Module:
+    """A teacher: a model folder, or the `best/` of a run folder, for the same task."""
+    from pathlib import Path
+
+    best = Path(name) / "best"
+    source = str(best) if best.is_dir() else name
+    options = run.task.model_options(run)
+    teacher, missing = load_model(run.task.auto_class, ModelConfig(name=source), options, seed=run.seed)
+    if missing:
+        raise ModelError(
+            f"{name} cannot teach: it has no weights for {', '.join(missing[:3])}; give a model that was trained on"
+            " this task with these labels"
+        )
+    return teacher.to(run.device)
+
+
+def adapt_model(run: Run, hooks: Hooks) -> None:
+    """Apply adapters, find the embedding sites, compile, add run modules, fix the parameter sets."""
+    run.model = hooks.transform("transform_model", run, run.model, expect=nn.Module).to(run.device)
+    probe = _probe_batch(run)
+    run.sites = Sites(run.model, probe)
+    if run.config.train.checkpointing:
+        _refuse_checkpointed_sites(run)
+    hooks.notify("on_run_start", run)
+    run.freeze_parameter_sets()
+    _check_capabilities(run, hooks)
+    run.forward_model = torch.compile(run.model) if run.config.train.compile else run.model
+
+
+def _probe_batch(run: Run) -> dict[str, Any]:
+    """Inputs of the shape to come, on which the embedding sites are found."""
+    features = run.task.features(run, list(run.splits["train"].rows[:2]))
+    batch = run.task.collate(run, features, run.splits["train"].ids(range(len(features))), run.random)
+    return dict(batch.to(run.device).inputs)
+
+
+def _refuse_checkpointed_sites(run: Run) -> None:
+    modules = dict(run.model.named_modules())
+    for site in run.sites.table if run.sites else ():
+        parts = site.partition("#")[0].split(".")
+        for depth in range(1, len(parts)):
+            parent = modules[".".join(parts[:depth])]
+            if type(parent).__mro__[1].__name__ == "GradientCheckpointingLayer":
+                raise ConfigError(
+                    f"train.checkpointing: the embedding {site} lies inside a checkpointed layer, where a delta would be"
+                    " lost in the recomputation; set `train.checkpointing: false`"
+                )
+
+
+def _check_capabilities(run: Run, hooks: Hooks) -> None:
+    """What only the loaded model can tell: whether it really has dropout and embedding sites."""
+    have = capabilities_of(None, run.model)
+    if not run.sites or not run.sites.table:
+        have.discard("embeddings")
+    problems = []
+    for method in hooks.methods:
+        for need in {"dropout", "embeddings"} & set(method.traits.requires):
+            if need not in have:
+                problems.append(f"{method.name!r} needs {need!r}: {NEEDS[need]}")
+    if problems:
+        raise StackError(problems)
+
+
+def make_features(run: Run, hooks: Hooks) -> dict[str, list[Feature]]:
+    """Tokenise every split, and add token lengths to the data card."""
+    features: dict[str, list[Feature]] = {}
+    for name, split in run.splits.items():
+        made = hooks.build("build_features", run, split.rows)
+        features[name] = run.task.features(run, split.rows) if made is None else made
+    lengths = {name: [f["length"] for f in made] for name, made in features.items()}
+    add_token_lengths(run.card, lengths, run.config.train.max_length)
+    return features
+
+
+def build_optimizer(run: Run, hooks: Hooks) -> None:
+    """Parameter groups, optimizer and schedule, through their hooks."""
+    groups = hooks.transform("transform_param_groups", run, [ParamGroup(dict(run.may_optimise))], expect=list)
+    grouped = [name for group in groups for name in group.parameters]
+    if sorted(grouped) != sorted(run.may_optimise):
+        raise StackError(
+            "the parameter groups do not hold every optimised parameter exactly once; check the methods"
+            " that implement transform_param_groups"
+        )
+    run.optimizer = hooks.build("build_optimizer", run, groups)
+    if run.optimizer is None:
+        raise StackError("no method builds an optimizer; name one, e.g. adamw")
+    run.scheduler = hooks.build("build_scheduler", run, run.optimizer)

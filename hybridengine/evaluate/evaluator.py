@@ -1,0 +1,94 @@
+"""Evaluate one split: predictions, metrics with an interval, the loss, and records of every row."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridengine.batches import Assembler, Sampler, in_order
+from hybridengine.evaluate.statistics import bootstrap_interval
+from hybridengine.plugin.calling import Hooks
+from hybridengine.run import Run
+from hybridengine.seams.context import Context
+from hybridengine.seams.types import Batch, Draw, Prediction, View
+from hybridengine.stack.compose import evaluation
+
+__all__ = ["Evaluator"]
+
+
+class Evaluator:
+    """Evaluates splits of a run through the predict seam.
+
+    Attributes:
+        stored_weights: the model holds the weights of `best/`, so averaged weights are not swapped in again.
+    """
+
+    def __init__(
+        self, run: Run, ctx: Context, hooks: Hooks, assembler: Assembler, lengths: dict[str, list[int]]
+    ) -> None:
+        self._run = run
+        self._ctx = ctx
+        self._hooks = hooks
+        self._assembler = assembler
+        self._lengths = lengths
+        self.stored_weights = False
+
+    def predictions(self, split: str) -> Iterator[tuple[Draw, Batch, Prediction]]:
+        """Every batch of a split with its prediction, inside the evaluation contexts."""
+        recording, self._ctx.trace.recording = self._ctx.trace.recording, False
+        try:
+            with evaluation(self._ctx, self._hooks, stored=self.stored_weights):
+                for draw in self._sampler(split)(0):
+                    batch = self._assembler.batch(split, draw, 0).to(self._run.device)
+                    # Without a key, dropout modes that stay on in evaluation would touch the global stream.
+                    yield draw, batch, self._ctx.predict(self._ctx, batch, View(key=0))
+        finally:
+            self._ctx.trace.recording = recording
+
+    def evaluate(self, split: str, *, interval: bool = True, records: Path | None = None) -> dict[str, Any]:
+        """Metrics of a split; `ci95` is the bootstrap interval of the main one.
+
+        Args:
+            records: append one JSON line per row to this file.
+        """
+        run = self._run
+        metrics = run.task.metrics(run)
+        sums: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        lines: list[str] = []
+        for draw, batch, prediction in self.predictions(split):
+            rows = [run.splits[split].rows[i] for i in draw.rows]
+            metrics.update(batch, prediction, rows)
+            for name, (value, unit) in prediction.terms.items():
+                sums[name] += float(value)
+                counts[name] += batch.counts[unit]
+            if records is not None:
+                made = run.task.records(run, batch, prediction, rows)
+                for position, record in zip(draw.rows, made, strict=True):
+                    lines.append(json.dumps({"split": split, "row": position, **record}, ensure_ascii=False))
+        result: dict[str, Any] = dict(metrics.compute())
+        result.update({name: sums[name] / max(counts[name], 1) for name in sums if name not in result})
+        result["main"] = run.config.evaluate.metric or run.task.metric
+        result = self._hooks.transform("transform_metrics", run, result, expect=dict)
+        if interval:
+            result["ci95"] = bootstrap_interval(metrics, resamples=run.config.evaluate.resamples, seed=run.seed)
+        if records is not None:
+            with records.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+        return result
+
+    def _sampler(self, split: str) -> Sampler:
+        made: Sampler | None = self._hooks.build("build_sampler", self._run, split)
+        return made or in_order(self._lengths[split], self._run.config.evaluate.batch_size)
+
+
+def better(value: float, best: float | None, greater: bool) -> bool:
+    """Whether a metric value is an improvement; NaN never is."""
+    if not torch.isfinite(torch.tensor(value)):
+        return False
+    return best is None or (value > best if greater else value < best)

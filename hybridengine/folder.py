@@ -1,0 +1,121 @@
+"""The run folder: who owns it, whether it goes on, and what is written where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybridengine.config import Config
+from hybridengine.errors import OutputError
+from hybridengine.train.files import write_json, write_text
+
+__all__ = ["RunFolder"]
+
+_FREE = {"output", "resume", "log"}  # keys that may change between a run and its continuation
+
+
+class RunFolder:
+    """`config.yaml`, `plan.json`, `data_card.json`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `best/`, ..."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best = path / "best"
+        self.checkpoints = path / "checkpoints"
+        self._metrics = path / "metrics.jsonl"
+
+    def claim(self, config: Config) -> dict[str, Any] | None:
+        """Take the folder for this config; returns the summary of a finished run of the same config.
+
+        Raises:
+            OutputError: foreign files, or another config (naming the changed keys), or `resume: never`.
+        """
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"output {path} is a file; choose another `output` folder")
+        occupied = path.is_dir() and any(path.iterdir())
+        if not occupied:
+            return None
+        if config.resume == "never":
+            raise OutputError(f"output {path} exists and `resume` is never; choose another `output` or remove it")
+        if not (path / "config.yaml").is_file():
+            raise OutputError(f"output {path} holds files that are no run of hybridengine; choose another `output`")
+        changed = self._changed(config)
+        if changed:
+            raise OutputError(
+                f"output {path} holds a run of another config; changed: {', '.join(changed)}. Choose another `output`,"
+                " or restore these keys to go on with that run."
+            )
+        summary = self.summary()
+        return summary if summary is not None and summary.get("status") == "finished" else None
+
+    def open(self, config: Config) -> None:
+        """Create the folder and write the resolved config."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"output {self.path} cannot be created ({error.strerror}); choose another `output`"
+            ) from error
+        write_text(self.path / "config.yaml", yaml.safe_dump(_resolved(config), sort_keys=False, allow_unicode=True))
+
+    def write(self, name: str, value: Any) -> None:
+        """Replace one JSON file of the folder."""
+        write_json(self.path / name, value)
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary, if there is a readable one."""
+        try:
+            loaded: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return loaded
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop metric lines after `step`, so that a resumed run's log reads like an uninterrupted one."""
+        if not self._metrics.is_file():
+            return
+        kept = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # a line cut by a crash
+        write_text(self._metrics, "".join(f"{line}\n" for line in kept))
+
+    def _changed(self, config: Config) -> list[str]:
+        try:
+            old = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            raise OutputError(f"{self.path / 'config.yaml'} is unreadable; choose another `output`") from None
+        before, now = _flat(old), _flat(_resolved(config))
+        keys = sorted(before.keys() | now.keys())
+        return [k for k in keys if k.split(".")[0] not in _FREE and before.get(k) != now.get(k)]
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    dumped: dict[str, Any] = json.loads(json.dumps(config.model_dump(mode="python"), default=_describe))
+    return dumped
+
+
+def _describe(value: object) -> str:
+    """Python objects in a config (rows, data sets) are written as what they are, not as what they hold."""
+    size = f" of {len(value)}" if hasattr(value, "__len__") else ""
+    return f"<{type(value).__name__}{size}>"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        out: dict[str, Any] = {}
+        for key, entry in value.items():
+            out.update(_flat(entry, f"{prefix}.{key}" if prefix else str(key)))
+        return out
+    return {prefix: value}

@@ -1,0 +1,177 @@
+"""Load pretrained models and tokenizers: from a local folder or the hub, safetensors only, with clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridengine.config import ModelConfig
+from hybridengine.errors import ConfigError, ModelError
+
+__all__ = [
+    "capabilities_of",
+    "choose_device",
+    "load_model",
+    "load_model_config",
+    "load_tokenizer",
+    "quiet",
+]
+
+
+def choose_device(wish: str) -> torch.device:
+    """`auto | cpu | cuda | cuda:N` as a device.
+
+    Raises:
+        ConfigError: cuda was asked for and is not there.
+    """
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    if wish.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"train.device is {wish!r}, but torch {torch.__version__} sees no GPU; use auto or cpu")
+    device = torch.device(wish)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"train.device is {wish!r}, but there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' log lines and progress bars inside, and restore its settings."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _check_place(name: str, key: str) -> bool:
+    """Whether the name is a local folder; refuses what looks like a path and is none."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return True
+    if path.is_file():
+        raise ModelError(f"{key}: {name} is a file; give the folder that holds config.json and the weights")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.sep in name.strip("/") and path.parent.is_dir():
+        raise ModelError(f"{key}: the folder {name} does not exist; give an existing folder or a hub id")
+    return False
+
+
+@contextlib.contextmanager
+def _explained(name: str, local: bool, what: str) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if local:
+            raise ModelError(f"{name}: the {what} cannot be loaded: {first}") from error
+        raise ModelError(
+            f"{name} is no local folder, and the {what} could not be fetched from the hub ({first}). Without network,"
+            " download the model elsewhere and give its folder as `model.name`."
+        ) from error
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """The transformers configuration of a model, without its weights."""
+    from transformers import AutoConfig
+
+    local = _check_place(model.name, "model.name")
+    if local and not (Path(model.name) / "config.json").is_file():
+        raise ModelError(f"{model.name}: there is no config.json, so this is no transformers model folder")
+    with _explained(model.name, local, "configuration"):
+        return AutoConfig.from_pretrained(model.name, revision=model.revision)
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The fast tokenizer of a model."""
+    from transformers import AutoTokenizer
+
+    name = model.tokenizer or model.name
+    local = _check_place(name, "model.tokenizer" if model.tokenizer else "model.name")
+    with _explained(name, local, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.revision)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{name}: only a slow tokenizer is there; save a fast one (tokenizer.json) in the folder")
+    return tokenizer
+
+
+def load_model(
+    auto_class: str, model: ModelConfig, options: dict[str, Any] | None = None, *, seed: int = 0
+) -> tuple[nn.Module, list[str]]:
+    """Load weights, and name the parameters that the checkpoint lacks (newly initialised from `seed`).
+
+    The global random stream is as before afterwards. Weights are read from safetensors only, never from pickles.
+    """
+    import transformers
+
+    local = _check_place(model.name, "model.name")
+    if local:
+        _check_weights(Path(model.name).expanduser())
+    cls = getattr(transformers, auto_class)
+    arguments: dict[str, Any] = dict(options or {})
+    if model.attention is not None:
+        arguments["attn_implementation"] = model.attention
+    with _explained(model.name, local, f"model ({auto_class})"), _seeded(seed):
+        loaded, info = cls.from_pretrained(
+            model.name,
+            revision=model.revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            **arguments,
+        )
+    mismatched = [entry[0] if isinstance(entry, tuple | list) else str(entry) for entry in info["mismatched_keys"]]
+    return loaded, sorted({*info["missing_keys"], *mismatched})
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")):
+        raise ModelError(
+            f"{folder}: the weights are a pickle (.bin), which can run code and is never loaded; convert them once with"
+            " model.save_pretrained(folder) on a machine you trust"
+        )
+    raise ModelError(f"{folder}: there are no weights (*.safetensors) in this folder")
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """New heads are drawn from `seed`; the caller's global streams are untouched."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def capabilities_of(model_config: Any, model: nn.Module | None = None) -> set[str]:
+    """What a model provides to methods: `embeddings`, and `dropout` where any probability is above 0."""
+    found = {"embeddings"}
+    if model is not None:
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+            found.add("dropout")
+        return found
+    values = model_config.to_dict()
+    if any(_is_dropout(key) and isinstance(value, int | float) and value > 0 for key, value in values.items()):
+        found.add("dropout")
+    return found
+
+
+def _is_dropout(key: str) -> bool:
+    return ("drop" in key or key.endswith("_pdrop")) and not key.startswith("layerdrop") and "path" not in key

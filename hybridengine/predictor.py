@@ -1,0 +1,144 @@
+"""Use a finished run: predict texts, or evaluate on other rows, with its best weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridengine.batches import Assembler, in_order
+from hybridengine.building import build_model
+from hybridengine.config import Config, load_config
+from hybridengine.data.prepare import prepare_splits
+from hybridengine.data.rows import Split
+from hybridengine.errors import OutputError
+from hybridengine.evaluate.evaluator import Evaluator
+from hybridengine.models import load_model_config, load_tokenizer
+from hybridengine.plugin.catalogue import Catalogue
+from hybridengine.run import Run
+from hybridengine.seams.sites import Sites
+from hybridengine.seams.types import View
+from hybridengine.stack import compose, evaluation, resolve
+from hybridengine.train.best import load_best
+from hybridengine.building import initial_run
+
+__all__ = ["Predictor"]
+
+
+class Predictor:
+    """The best model of a run folder, ready to predict.
+
+    Args:
+        folder: a run folder.
+        methods: method objects, where the run was made with any in Python.
+
+    Raises:
+        OutputError: the folder holds no finished run.
+    """
+
+    def __init__(self, folder: str | Path, methods: Sequence[object] = ()) -> None:
+        self.folder = Path(folder)
+        best = self.folder / "best"
+        if not (self.folder / "config.yaml").is_file() or not best.is_dir():
+            raise OutputError(f"{folder} holds no trained model; give a run folder that has `config.yaml` and `best/`")
+        self.config = load_config(self.folder / "config.yaml")[0]
+        about = json.loads((best / "hybridengine.json").read_text(encoding="utf-8"))
+        adapter = (best / "adapter_config.json").is_file()
+        self.run = self._build(best, about, adapter, methods)
+        self._ctx = compose(self.run, self._hooks)
+        self._ctx.trace.recording = False
+
+    def _build(self, best: Path, about: Mapping[str, Any], adapter: bool, methods: Sequence[object]) -> Run:
+        """The run's model by the road it was built on: the base and its adapter, or the full weights at once."""
+        config = self.config.model_copy(deep=True)
+        if not adapter:
+            config.model.name = str(best)
+        config.model.tokenizer = str(best)
+        source = load_config(self.folder / "config.yaml")[1]
+        resolved = resolve(config, source, Catalogue(), methods)
+        self._hooks = resolved.hooks()
+        run = initial_run(config)
+        run.notes.clear()
+        run.labels = list(about["labels"])
+        run.task = self._hooks.build("build_task", run, only=resolved.task.name)
+        run.model_config = load_model_config(config.model)
+        run.tokenizer = self._hooks.build("build_tokenizer", run) or load_tokenizer(config.model)
+        build_model(run, self._hooks)
+        if adapter:
+            run.model = self._hooks.transform("transform_model", run, run.model)
+        run.model.to(run.device)
+        if (best / "run_modules.safetensors").is_file():
+            run.sites = Sites(run.model, self._probe(run))
+            self._hooks.notify("on_run_start", run)
+        load_best(run, best)
+        run.forward_model = run.model
+        run.model.eval().requires_grad_(False)
+        return run
+
+    def _probe(self, run: Run) -> dict[str, Any]:
+        row = {role: "text" for role in run.task.columns if role != "label"}
+        batch = run.task.collate(run, run.task.features(run, [row, row]), (0, 1), run.random)
+        return dict(batch.to(run.device).inputs)
+
+    def predict(self, texts: Sequence[str | Mapping[str, Any]], batch_size: int = 64) -> list[dict[str, Any]]:
+        """One record per text, in order.
+
+        Args:
+            texts: strings, or mappings with the task's columns (`text`, `text_pair`, `tokens`, ...).
+            batch_size: rows per forward.
+
+        Raises:
+            DataError: a row that the task cannot use, naming it.
+        """
+        rows = self._rows(texts)
+        if not rows:
+            return []
+        run = self.run
+        split = Split("test", rows, "input")
+        run.splits = {"test": split}
+        made = self._hooks.build("build_features", run, rows)
+        features = run.task.features(run, rows) if made is None else made
+        assembler = Assembler(run, {"test": features})
+        records: list[dict[str, Any]] = [{}] * len(rows)
+        with evaluation(self._ctx, self._hooks, stored=True):
+            for draw in in_order([f["length"] for f in features], batch_size)(0):
+                batch = assembler.batch("test", draw, 0).to(run.device)
+                prediction = self._ctx.predict(self._ctx, batch, View(key=0))
+                made = run.task.records(run, batch, prediction, [rows[i] for i in draw.rows])
+                for position, record in zip(draw.rows, made, strict=True):
+                    records[position] = record
+        return records
+
+    def evaluate(self, config: Config | None = None) -> dict[str, Any]:
+        """Metrics on the validation and test rows of `config` (the run's own by default)."""
+        config = config or self.config
+        run = self.run
+        data = resolve(config, load_config(config)[1], Catalogue()).data
+        raw = self._hooks.build("build_data", run, only=data.name)
+        run.splits, run.card = prepare_splits(config.data, run.task, raw)
+        features = {}
+        for name in ("validation", "test"):
+            if name in run.splits:
+                made = self._hooks.build("build_features", run, run.splits[name].rows)
+                features[name] = run.task.features(run, run.splits[name].rows) if made is None else made
+        lengths = {name: [f["length"] for f in made] for name, made in features.items()}
+        evaluator = Evaluator(run, self._ctx, self._hooks, Assembler(run, features), lengths)
+        evaluator.stored_weights = True
+        return {name: evaluator.evaluate(name) for name in features}
+
+    def _rows(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+        from hybridengine.data.checks import row_problem
+        from hybridengine.errors import DataError
+
+        role = next(iter(self.run.task.columns))
+        columns = {**self.run.task.columns, **self.config.data.columns}
+        rows = []
+        for index, item in enumerate(texts):
+            row = {role: item} if isinstance(item, str) else {r: item[c] for r, c in columns.items() if c in item}
+            needed = {r: c for r, c in columns.items() if r in row or r == role}
+            problem = row_problem(row, {r: r for r in needed}, ())
+            if problem:
+                raise DataError(f"input:{index + 1}: {problem}")
+            rows.append(row)
+        return rows

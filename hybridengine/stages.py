@@ -1,0 +1,73 @@
+"""Stages: partial configs run in sequence, each from the best model of the one before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridengine.config import Config, load_config
+from hybridengine.folder import RunFolder
+from hybridengine.models import quiet
+from hybridengine.predictor import Predictor
+from hybridengine.train.files import replace_folder
+from hybridengine.train.progress import Event, Listener
+
+__all__ = ["merged", "stage_configs", "train_stages"]
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `change`, sections merged key by key, lists replaced."""
+    out = copy.deepcopy(dict(base))
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both else copy.deepcopy(value)
+    return out
+
+
+def stage_configs(config: Config) -> list[Config]:
+    """One full config per stage, in folders `stage-1`, `stage-2`, ... of the output."""
+    base = config.model_dump(exclude={"stages"})
+    found = []
+    for number, stage in enumerate(config.stages, 1):
+        values = merged(base, {**stage, "output": str(Path(config.output) / f"stage-{number}")})
+        found.append(load_config(values)[0])
+    return found
+
+
+def train_stages(config: Config, train: Callable[[Config], dict[str, Any]], listen: Listener) -> dict[str, Any]:
+    """Train every stage by `train`; returns the last one's summary, with all of them under `stages`.
+
+    A stopped run goes on with the first unfinished stage.
+    """
+    folder = RunFolder(Path(config.output))
+    finished = folder.claim(config)
+    if finished is not None:
+        return finished
+    folder.open(config)
+    summaries: list[dict[str, Any]] = []
+    start: str | None = None
+    for number, stage in enumerate(stage_configs(config), 1):
+        if start is not None:
+            stage.model.name = start
+        listen(Event("note", message=f"stage {number} of {len(config.stages)}: {stage.output}"))
+        summaries.append(train(stage))
+        start = _start_of_next(Path(stage.output))
+    result = {**summaries[-1], "output": config.output, "stages": summaries}
+    folder.write("summary.json", result)
+    return result
+
+
+def _start_of_next(folder: Path) -> str:
+    """The best model as a full model: an adapter is merged into its base first."""
+    best = folder / "best"
+    if not (best / "adapter_config.json").is_file():
+        return str(best)
+    full = folder / "merged"
+    if not full.is_dir():
+        run = Predictor(folder).run
+        with replace_folder(full) as staging, quiet():
+            run.model.merge_and_unload().save_pretrained(staging)
+            run.tokenizer.save_pretrained(staging)
+    return str(full)

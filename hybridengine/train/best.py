@@ -1,0 +1,63 @@
+"""`best/`: the best model so far in the transformers or PEFT format, loadable without this package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hybridengine.errors import OutputError
+from hybridengine.models import quiet
+from hybridengine.plugin.calling import Hooks
+from hybridengine.run import Run
+from hybridengine.seams.context import Context
+from hybridengine.stack.compose import evaluation
+from hybridengine.train.files import damage, replace_folder
+
+__all__ = ["load_best", "save_best"]
+
+
+def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
+    """Save model, tokenizer and run modules as evaluation sees them (averaged weights swapped in)."""
+    with replace_folder(folder) as staging, evaluation(ctx, hooks), quiet():
+        run.model.save_pretrained(staging)
+        run.tokenizer.save_pretrained(staging)
+        modules = {
+            f"{name}/{key}": value.detach().cpu().contiguous()
+            for name, module in run.modules.items()
+            if name not in run.static_modules
+            for key, value in module.state_dict().items()
+        }
+        if modules:
+            save_file(modules, staging / "run_modules.safetensors")
+        about = {"step": run.step, "labels": run.labels, "task": run.config.task_entry[0]}
+        (staging / "hybridengine.json").write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_best(run: Run, folder: Path) -> None:
+    """Put the weights of `best/` into the run's built model and its run modules.
+
+    Raises:
+        OutputError: the folder is damaged or holds another model.
+    """
+    if reason := damage(folder):
+        raise OutputError(f"{folder}: {reason}; train again in another `output`")
+    if (folder / "adapter_config.json").is_file():
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(run.model, load_file(folder / "adapter_model.safetensors"))
+    else:
+        with quiet():
+            stored = type(run.model).from_pretrained(folder, dtype=torch.float32)
+        own, values = run.model.state_dict(), stored.state_dict()
+        if own.keys() != values.keys():
+            raise OutputError(f"{folder} holds another model ({sorted(own.keys() ^ values.keys())[0]} differs)")
+        run.model.load_state_dict(values)
+    modules = folder / "run_modules.safetensors"
+    if modules.is_file():
+        for name, value in load_file(modules).items():
+            module, _, key = name.partition("/")
+            with torch.no_grad():
+                run.modules[module].state_dict(keep_vars=True)[key].copy_(value)

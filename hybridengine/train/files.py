@@ -1,0 +1,135 @@
+"""Files that survive a crash: staged beside their destination, flushed to disk, renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hybridengine.errors import OutputError
+
+__all__ = ["MANIFEST", "damage", "replace_folder", "write_json", "write_text"]
+
+MANIFEST = "manifest.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content atomically."""
+    staged = path.with_name(f".{path.name}.staged")
+    with _explained(path, len(text)):
+        staged.write_text(text, encoding="utf-8")
+        _flush(staged)
+        os.replace(staged, path)
+        _flush(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically; NaN is refused by JSON and written as null."""
+    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def replace_folder(destination: Path) -> Iterator[Path]:
+    """Write a folder's files inside; it appears under its name complete, with a SHA-256 manifest, or not at all.
+
+    An existing folder of that name is replaced; a crash leaves the old one or the new one.
+    """
+    parent = destination.parent
+    staging = parent / f".staging-{destination.name}"
+    retired = parent / f".retired-{destination.name}"
+    with _explained(destination):
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (staging, retired):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+            _seal(staging)
+            if destination.exists():
+                os.rename(destination, retired)
+            os.rename(staging, destination)
+            _flush(parent)
+            shutil.rmtree(retired, ignore_errors=True)
+        except BaseException:
+            if retired.exists() and not destination.exists():
+                os.rename(retired, destination)
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def damage(folder: Path) -> str | None:
+    """Why a sealed folder cannot be trusted (a file missing, cut or changed), or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed: dict[str, dict[str, Any]] = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder / MANIFEST} is missing or unreadable"
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if _digest(path) != entry["sha256"]:
+            return f"{path} has changed since it was written"
+    return None
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    listed = {
+        str(p.relative_to(folder)): {"sha256": _digest(p), "bytes": p.stat().st_size}
+        for p in files
+        if p.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1) + "\n", encoding="utf-8")
+    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _flush(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, size: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(_explain(path, size, error)) from error
+
+
+def _explain(path: Path, size: int, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(where).free
+        need = f"{size:,} bytes are needed and " if size else ""
+        return (
+            f"{path}: cannot be written, the disk or quota is full ({need}{free:,} bytes are free). Earlier"
+            " checkpoints are intact; free some space and run the same command to go on."
+        )
+    reason = error.strerror or str(error)
+    return f"{path}: cannot be written ({reason}); choose another `output` folder or change its permissions"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
