@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["SPLITS", "Split"]
+__all__ = ["SPLITS", "TARGET_ROLES", "Split"]
 
 SPLITS = ("train", "validation", "test", "unlabelled")
+TARGET_ROLES = frozenset({"label", "labels", "tags", "summary", "target"})
+"""Roles that hold what the model should answer; all other roles are its input."""
+
 _STRIDE = 1 << 40  # more rows than any split has; keeps row ids of different splits apart
 
 
@@ -19,25 +22,27 @@ class Split:
     Attributes:
         name: `train`, `validation`, `test` or `unlabelled`.
         rows: mappings from column (after preparation: role) to value.
-        source: file or description of the origin.
-        lines: 1-based line or row number in the source, per row.
+        source: file or description of the origin; empty where each line names its own file.
+        lines: 1-based line or row number in the source per row, or `file:line`.
     """
 
     name: str
     rows: Sequence[Mapping[str, Any]]
     source: str = "rows"
-    lines: Sequence[int] = field(default_factory=list)
+    lines: Sequence[int | str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.lines:
             self.lines = range(1, len(self.rows) + 1)
+        if len(self.lines) != len(self.rows):
+            raise ValueError(f"split {self.name!r}: {len(self.rows)} rows but {len(self.lines)} line numbers")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def where(self, index: int) -> str:
         """`file:row` of a row."""
-        return f"{self.source}:{self.lines[index]}"
+        return f"{self.source}:{self.lines[index]}" if self.source else str(self.lines[index])
 
     def ids(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Global ids of rows by position."""

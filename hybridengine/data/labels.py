@@ -1,0 +1,44 @@
+"""Labels of a row as names, whatever their raw type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["label_name", "labels_of", "map_labels"]
+
+_ROLES = ("label", "tags")
+
+
+def label_name(raw: Any) -> str:
+    """The name of a raw label: `0`, `0.0` and `"0"` are one label, booleans read as in YAML."""
+    if isinstance(raw, bool):
+        return "true" if raw else "false"
+    if isinstance(raw, float) and raw.is_integer():
+        return str(int(raw))
+    return str(raw)
+
+
+def labels_of(row: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the classes a row is labelled with; none for a regression target."""
+    for role in _ROLES:
+        value = row.get(role)
+        for raw in value if isinstance(value, list | tuple) else (value,):
+            if raw is not None and not isinstance(raw, float):
+                yield label_name(raw)
+
+
+def map_labels(row: dict[str, Any], names: Mapping[str, str]) -> str | None:
+    """Replace raw labels in place by `data.labels`; a reason if one is not listed there."""
+    for role in _ROLES:
+        if role not in row:
+            continue
+        value = row[role]
+        many = isinstance(value, list | tuple)
+        raw = [label_name(item) for item in (value if many else (value,))]
+        for name in raw:
+            if name not in names:
+                return f"label {name!r} is not listed in data.labels"
+        mapped = [names[name] for name in raw]
+        row[role] = mapped if many else mapped[0]
+    return None

@@ -1,0 +1,63 @@
+"""The card's numbers against independent counts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridengine.data import Split, add_token_lengths, card_lines
+from hybridengine.data.card import data_card
+
+WORDS = st.lists(st.sampled_from(["good", "Good", "bad", "film"]), min_size=1, max_size=4).map(" ".join)
+ROWS = st.lists(st.fixed_dictionaries({"text": WORDS, "label": st.sampled_from("ab")}), min_size=1, max_size=25)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ROWS, ROWS)
+def test_counts(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> None:
+    card = data_card({"train": Split("train", train), "test": Split("test", test)}, ["text"])
+    described = card["splits"]["train"]
+    texts = [row["text"].lower() for row in train]
+    assert described["rows"] == len(train)
+    assert described["labels"] == {x: n for x in "ab" if (n := sum(row["label"] == x for row in train))}
+    assert described["duplicates"] == sum(text in texts[:i] for i, text in enumerate(texts))
+    assert card["overlap"] == {"train/test": sum(row["text"].lower() in texts for row in test)}
+    lengths = [len(text.split()) for text in texts]
+    assert described["words"]["median"] == statistics.median_low(lengths)
+    assert described["words"]["max"] == max(lengths)
+    # nearest rank: the smallest value that at least 95% of the rows do not exceed
+    p95 = described["words"]["p95"]
+    assert sum(n <= p95 for n in lengths) >= 0.95 * len(lengths)
+    assert all(sum(m <= n for m in lengths) < 0.95 * len(lengths) for n in lengths if n < p95)
+    assert json.loads(json.dumps(card)) == card
+
+
+def test_token_lengths() -> None:
+    card = data_card({"train": Split("train", [{"text": "a b"}] * 4)}, ["text"])
+    add_token_lengths(card, {"train": [4, 8, 9, 30], "absent": [1]}, 8)
+    assert card["splits"]["train"]["tokens"] == {"median": 8, "p95": 30, "max": 30, "truncated": 0.5}
+    assert any("50.0% cut at 8" in line for line in card_lines(card))
+
+
+def test_lines_tell_everything_and_carry_no_control_characters() -> None:
+    rows = [{"text": "很好 film", "label": "\x1b[31mred"}, {"text": "很好 FILM", "label": "b"}]
+    card = data_card({"train": Split("train", rows, "a.csv"), "test": Split("test", rows)}, ["text"])
+    assert card["splits"]["train"]["words"]["max"] == 3  # two Chinese characters and a word
+    card.update(skipped={"train": {"empty": 3}}, carved={"validation": 0.1}, carve_rule="by hash")
+    card.update(limit={"rows": 2, "of": 9}, inferred={"train": {"text": "review"}})
+    shown = "\n".join(card_lines(card))
+    assert "\x1b" not in shown
+    for part in (
+        "train: 2 rows of a.csv",
+        "1 rows repeat a text",
+        "2 rows of test have a text that train holds too",
+        "skipped 3 train rows: empty (3)",
+        "validation is 10% of the training texts",
+        "limited to 2 of 9 rows",
+        "read text from column 'review'",
+    ):
+        assert part in shown
