@@ -25,7 +25,7 @@ def data_card(splits: Mapping[str, Split], inputs: Sequence[str]) -> dict[str, A
         inputs: roles that make up the text.
 
     Returns:
-        JSON-able: `splits.{name}` with `rows`, `source`, `labels` (counts), `words` (median, p95, max) and
+        JSON-able: `source`; `splits.{name}` with `rows`, `source`, `labels` (counts), `words` (median, p95, max) and
         `duplicates` (rows whose lower-cased text stood earlier in the split), and `overlap` (`"train/test"`: rows of
         the second whose text the first holds too).
     """
@@ -35,7 +35,7 @@ def data_card(splits: Mapping[str, Split], inputs: Sequence[str]) -> dict[str, A
         labels = Counter(label for row in split.rows for label in labels_of(row))
         described[name] = {
             "rows": len(split),
-            "source": split.source or str(split.lines[0]).rpartition(":")[0],
+            "source": split.source or _files(split),
             "labels": dict(sorted(labels.items())),
             "words": _spread([_words(key) for key in keys[name]]),
             "duplicates": len(keys[name]) - len(set(keys[name])),
@@ -46,7 +46,13 @@ def data_card(splits: Mapping[str, Split], inputs: Sequence[str]) -> dict[str, A
         known = set(keys[first])
         for second in names[index + 1 :]:
             overlap[f"{first}/{second}"] = sum(key in known for key in keys[second])
-    return {"splits": described, "overlap": overlap}
+    source = ", ".join(dict.fromkeys(str(split["source"]) for split in described.values()))
+    return {"source": source, "splits": described, "overlap": overlap}
+
+
+def _files(split: Split) -> str:
+    files = list(dict.fromkeys(str(line).rpartition(":")[0] for line in split.lines))
+    return files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
 def _words(text: str) -> int:

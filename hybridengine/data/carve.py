@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridengine.data.labels import label_name, labels_of
+from hybridengine.data.labels import is_measured, label_name, labels_of
 from hybridengine.data.rows import Split
 from hybridengine.errors import DataError
 
@@ -143,7 +143,7 @@ def _stratum(row: Mapping[str, Any]) -> str:
     value = row.get("label")
     if isinstance(value, list | tuple):
         return "+".join(sorted(map(label_name, value)))
-    return "" if value is None or isinstance(value, float) else label_name(value)
+    return "" if value is None or is_measured(value) else label_name(value)
 
 
 def _pool_rare(strata: Mapping[str, list[_Group]]) -> dict[str, list[_Group]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["label_name", "labels_of", "map_labels"]
+__all__ = ["is_measured", "label_name", "labels_of", "map_labels"]
 
 _ROLES = ("label", "tags")
 
@@ -19,12 +19,17 @@ def label_name(raw: Any) -> str:
     return str(raw)
 
 
+def is_measured(raw: Any) -> bool:
+    """Whether a label is a measured quantity (2.5) and not a class (2, 2.0, "2")."""
+    return isinstance(raw, float) and not raw.is_integer()
+
+
 def labels_of(row: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the classes a row is labelled with; none for a regression target."""
+    """Names of the classes a row is labelled with; a number between whole numbers is no class."""
     for role in _ROLES:
         value = row.get(role)
         for raw in value if isinstance(value, list | tuple) else (value,):
-            if raw is not None and not isinstance(raw, float):
+            if raw is not None and not is_measured(raw):
                 yield label_name(raw)
 
 

@@ -10,7 +10,7 @@ from hybridengine.data.card import data_card
 from hybridengine.data.carve import CARVE_RULE, carve, limit_rows
 from hybridengine.data.checks import row_problem
 from hybridengine.data.columns import resolve_columns
-from hybridengine.data.labels import label_name, labels_of, map_labels
+from hybridengine.data.labels import is_measured, label_name, labels_of, map_labels
 from hybridengine.data.rows import SPLITS, TARGET_ROLES, Split
 from hybridengine.errors import DataError, did_you_mean
 
@@ -25,7 +25,7 @@ _REASONS = 20  # distinct reasons kept per split; the rest count as "other reaso
 
 
 def prepare_splits(
-    data: DataConfig, task: Task, splits: Mapping[str, Split]
+    data: DataConfig, task: Task, splits: Mapping[str, Split], *, episodic: bool = False
 ) -> tuple[dict[str, Split], dict[str, Any]]:
     """Name the roles, map labels, check every row, carve missing splits, limit training, describe it all.
 
@@ -33,6 +33,7 @@ def prepare_splits(
         data: the section `data` of the config.
         task: tells roles and what a usable row is.
         splits: raw rows by split, as `build_data` returns them.
+        episodic: training comes in episodes that relabel classes, so validation may hold classes of its own.
 
     Returns:
         Splits in the task's roles, and the data card. Rows that are skipped are counted in the card.
@@ -64,7 +65,8 @@ def prepare_splits(
         card["limit"] = {"rows": data.limit, "of": len(clean["train"])}
         clean["train"] = limit_rows(clean["train"], data.limit, inputs)
     _check_classes(clean["train"], data)
-    clean = _known_labels(data, clean, card)
+    if not episodic:
+        clean = _known_labels(data, clean, card)
     ordered = {name: clean[name] for name in SPLITS if name in clean}
     return ordered, {**data_card(ordered, inputs), **card}
 
@@ -118,7 +120,7 @@ def _refuse_or_count(data: DataConfig, split: Split, bad: list[tuple[int, str]],
 
 def _check_classes(train: Split, data: DataConfig) -> None:
     values = [row["label"] for row in train.rows if "label" in row]
-    if not values or any(isinstance(value, float | list | tuple) for value in values):
+    if not values or any(isinstance(value, list | tuple) or is_measured(value) for value in values):
         return
     names = {label_name(value) for value in values}
     if len(names) == 1:
@@ -132,6 +134,8 @@ def _check_classes(train: Split, data: DataConfig) -> None:
 def _known_labels(data: DataConfig, splits: dict[str, Split], card: dict[str, Any]) -> dict[str, Split]:
     """Refuse, or skip and count, rows of validation and test whose label training lacks."""
     known = {label for row in splits["train"].rows for label in labels_of(row)}
+    if any(is_measured(row.get("label")) for row in splits["train"].rows):
+        return splits
     out = dict(splits)
     for name in ("validation", "test"):
         if name not in splits or not known:

@@ -36,6 +36,12 @@ def test_counts(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> None
     assert json.loads(json.dumps(card)) == card
 
 
+def test_sources() -> None:
+    joined = Split("train", [{"text": "x"}] * 3, "", ["a.csv:1", "a.csv:2", "b.csv:1"])
+    card = data_card({"train": joined, "test": Split("test", [{"text": "y"}], "c.csv")}, ["text"])
+    assert card["source"] == "a.csv and 1 more, c.csv"
+
+
 def test_token_lengths() -> None:
     card = data_card({"train": Split("train", [{"text": "a b"}] * 4)}, ["text"])
     add_token_lengths(card, {"train": [4, 8, 9, 30], "absent": [1]}, 8)

@@ -122,7 +122,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(JSON, JSON)
 def test_any_value_is_used_or_counted(text: Any, label: Any) -> None:
     splits, card = run(data={"on_bad_row": "skip"}, train=[*GOOD, {"text": text, "label": label}])
@@ -201,6 +201,21 @@ def test_label_that_training_lacks() -> None:
         run(train=GOOD, test=test)
     splits, card = run(data={"on_bad_row": "skip"}, train=GOOD, test=test)
     assert len(splits["test"]) == 1 and card["skipped"]["test"] == {"label that training lacks": 1}
+    splits, _ = prepare_splits(
+        DataConfig(carve={}), Roles(), {"train": Split("train", GOOD), "test": Split("test", test)}, episodic=True
+    )
+    assert len(splits["test"]) == 2, "few-shot test classes are new by design"
+
+
+def test_whole_floats_are_classes_and_measurements_are_not() -> None:
+    rows = [{"text": f"t{i}", "label": float(i % 2)} for i in range(8)]
+    with pytest.raises(DataError, match="label '2' of the test split"):
+        run(train=rows, test=[{"text": "x", "label": 2}])
+    with pytest.raises(DataError, match="have the label '1'"):
+        run(train=rows[1::2])
+    measured = [{"text": f"t{i}", "label": i + 0.5} for i in range(8)]
+    splits, _ = run(data={"carve": {"validation": 0.25}}, train=measured, test=[{"text": "x", "label": 4.0}])
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 2, "test": 1}
 
 
 def test_missing_splits_are_carved_and_given_ones_stay() -> None:

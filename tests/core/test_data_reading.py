@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -131,10 +132,17 @@ def test_missing_files(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "a\0b.csv"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_unreadable_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n')
-    path.chmod(0)
-    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(Permission denied\)"):
-        list(read_rows(path))
+def test_unreadable_file() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        path.write_text('{"text": "a"}\n')
+        path.chmod(0)
+        Path(folder).chmod(0o755)
+        mine = os.geteuid()
+        if mine == 0:  # the superuser may read everything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(Permission denied\)"):
+                list(read_rows(path))
+        finally:
+            os.seteuid(mine)

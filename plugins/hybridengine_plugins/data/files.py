@@ -1,7 +1,5 @@
 """Rows from files, from Python values, or from Hugging Face datasets."""
 
-# ruff: noqa: RUF009 (parameter() makes a dataclass field; the rule knows it only from annotations other than Any)
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
