@@ -1,0 +1,86 @@
+"""VAT: smooth predictions around every input, labelled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hybridengine.plugin import Band, Traits, hook, parameter
+from hybridengine.seams import Batch, Context, Out, View, kl_rows, sequence_norms
+
+__all__ = ["VAT"]
+
+
+@dataclass(eq=False)
+class VAT:
+    """Add the divergence between the prediction and the prediction at the direction that changes it most.
+
+    With e the output of the embedding layer, p(e) the predicted distribution without gradient, d_0 random noise and
+    norms per sequence over its perturbable tokens:
+
+        d <- xi d / ||d||;    g = d KL(p(e) || p(e + d)) / dd;    d <- g        (`steps` times: power iteration)
+        r = epsilon g / ||g||
+        loss += weight KL(p(e) || p(e + r))
+
+    The term needs no labels: rows of `data.unlabelled` are smoothed too, and it is averaged over all rows. Clean and
+    perturbed passes share their dropout masks, so the divergence is due to r alone.
+
+    Hook: `wrap_loss`. Defaults: epsilon 1 per sequence. xi 0.3 lies in the window where the finite difference has the
+    right direction both in fp32 (larger ones see curvature) and under bf16 autocast (smaller ones drown in rounding:
+    published values of 1e-5 give a random direction there).
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        family="adversarial",
+        order=Band.SMOOTHNESS,
+        requires=("embeddings",),
+        effect="kl",
+        cost="1 more full pass, and a forward with a delta-only backward per step; with 1 step 2.67x a plain step"
+        " (+0.33x where an inner method stacks its passes); unlabelled rows cost one forward more",
+        paper="Miyato et al.: Virtual Adversarial Training, TPAMI 2018; for text: Miyato, Dai, Goodfellow, ICLR 2017",
+        combines="unlabelled data, lora, ema, episodes; with rdrop it is redundant",
+    )
+
+    weight: float = parameter(1.0, "factor of the divergence", ge=0)
+    epsilon: float = parameter(1.0, "radius of the perturbation per sequence", ge=0)
+    xi: float = parameter(0.3, "radius of the probe that measures the direction, per sequence", gt=0)
+    steps: int = parameter(1, "power iterations", ge=1)
+
+    @hook
+    def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
+        """The inner loss plus the smoothness of the batch and of its unlabelled part."""
+        out = inner(ctx, batch, view)
+        if out.view is not None and out.replay:
+            smooth = self._divergence(ctx, batch, out.view, out.scores.detach())
+        else:  # the masks behind these logits cannot be drawn again
+            smooth = self._divergence(ctx, batch, view, self._predict(ctx, batch, view))
+        terms = {**out.terms, "vat": (self.weight * smooth, "all_rows")}
+        if (part := batch.parts.get("unlabelled")) is not None:
+            other = view.clean().fork("unlabelled")
+            smooth = self._divergence(ctx, part, other, self._predict(ctx, part, other))
+            terms["vat_unlabelled"] = (self.weight * smooth, "all_rows")
+        return replace(out, terms=terms)
+
+    def _predict(self, ctx: Context, batch: Batch, view: View) -> Tensor:
+        with torch.no_grad():
+            return ctx.outputs(batch, [view])[0].scores
+
+    def _divergence(self, ctx: Context, batch: Batch, view: View, clean: Tensor) -> Tensor:
+        def kl(delta: dict[str, Tensor]) -> Tensor:
+            return kl_rows(clean, ctx.outputs(batch, [view.plus(delta)])[0].scores, batch)
+
+        zero = ctx.zeros(batch)
+        probe = [ctx.rng(f"vat/{site}", batch.rows).normal(*z.shape[1:]).to(z) for site, z in zero.items()]
+        direction: list[Tensor | None] = list(probe)
+        for _ in range(self.steps):
+            at = ctx.ascend(batch, zero, direction, step_size=self.xi)
+            leaves = {site: d.requires_grad_() for site, d in at.items()}
+            direction = ctx.grad(kl(leaves), list(leaves.values()))
+        attack = ctx.ascend(batch, zero, direction, step_size=self.epsilon)
+        value = kl(attack)
+        ctx.report(self, kl=value / batch.size, delta_norm=sequence_norms(attack).mean())
+        return value
