@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from hybridengine_plugins.optim.early_stopping import EarlyStopping
 
 from hybridengine.errors import ConfigError
 from hybridengine.testing import make_batch, set_up, tiny_bert
-from hybridengine_plugins.optim.early_stopping import EarlyStopping
 
 
 def _run():
@@ -56,5 +56,5 @@ def test_counts_are_part_of_the_run_state():
 
 
 def test_an_unknown_metric_is_named_with_the_nearest():
-    with pytest.raises(ConfigError, match="acuracy.*'accuracy'"):
+    with pytest.raises(ConfigError, match=r"acuracy.*'accuracy'"):
         EarlyStopping(metric="acuracy").on_evaluate(_run(), {"accuracy": 1.0})

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
+from hybridengine_plugins.optim.constant import Constant
+from hybridengine_plugins.optim.cosine import Cosine
+from hybridengine_plugins.optim.linear import Linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from hybridengine.testing import make_batch, set_up, tiny_bert
-from hybridengine_plugins.optim.constant import Constant
-from hybridengine_plugins.optim.cosine import Cosine
-from hybridengine_plugins.optim.linear import Linear
 
 RUN = set_up([], tiny_bert(num_labels=3), make_batch()).run
 

@@ -24,6 +24,7 @@ class AdamW:
     Hooks: `build_optimizer`. Cost: two moments per trained parameter. Combines with everything but other optimizers.
     """
 
+    name: ClassVar[str] = "adamw"
     traits: ClassVar[Traits] = Traits(
         family="optim",
         slots=("optimizer",),
