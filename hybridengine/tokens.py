@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,7 @@ def tokenise(
     max_length: int,
     words: bool = False,
 ) -> tuple[list[Feature], Any]:
-    """Turn many texts into features in one call of the tokenizer, cut at `max_length` tokens.
+    """Turn many texts into features in one call of the (fast) tokenizer, cut at `max_length` tokens.
 
     Args:
         texts: strings, or lists of words where `words` is set.
@@ -52,11 +52,16 @@ def tokenise(
     """
     if not texts:
         return [], None
-    args = (list(texts),) if pairs is None else (list(texts), list(pairs))
-    options = {"is_split_into_words": words, "return_attention_mask": False, "verbose": False}
-    encoded = tokenizer(*args, truncation=True, max_length=max_length, return_special_tokens_mask=True, **options)
+    encoded = tokenizer(
+        list(texts),
+        None if pairs is None else list(pairs),
+        truncation=True,
+        max_length=max_length,
+        is_split_into_words=words,
+        return_attention_mask=False,
+        return_special_tokens_mask=True,
+    )
     special = special_ids(tokenizer)
-    cut = _truncated(tokenizer, args, encoded, options)
     features: list[Feature] = []
     for index, ids in enumerate(encoded["input_ids"]):
         # A special token that was typed into a text (`[SEP]`) is not in the tokenizer's mask, yet acts as one.
@@ -64,18 +69,12 @@ def tokenise(
         if not ids:  # a text that the tokenizer reads as nothing still needs one position
             ids, added = [_stand_in(tokenizer)], [1]
         perturbable = [int(not mask and token not in special) for token, mask in zip(ids, added, strict=True)]
-        feature: Feature = {"input_ids": ids, "perturbable": perturbable, "length": len(ids), "truncated": cut[index]}
+        cut = bool(encoded.encodings[index].overflowing)
+        feature: Feature = {"input_ids": ids, "perturbable": perturbable, "length": len(ids), "truncated": cut}
         if "token_type_ids" in encoded:
             feature["token_type_ids"] = encoded["token_type_ids"][index] or [0]
         features.append(feature)
     return features, encoded
-
-
-def _truncated(tokenizer: Any, args: tuple[Any, ...], encoded: Any, options: Mapping[str, Any]) -> list[bool]:
-    if getattr(encoded, "encodings", None):
-        return [bool(one.overflowing) for one in encoded.encodings]
-    whole = tokenizer(*args, truncation=False, **options)["input_ids"]
-    return [len(full) > len(kept) for full, kept in zip(whole, encoded["input_ids"], strict=True)]
 
 
 def _stand_in(tokenizer: Any) -> int:

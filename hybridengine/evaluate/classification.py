@@ -152,16 +152,15 @@ class ClassificationMetrics:
         self, hits: Array, predicted: Array, actual: Array, areas: list[float | None]
     ) -> list[dict[str, Any]]:
         rates = {kind: _rate(kind, hits, predicted, actual) for kind in ("precision", "recall", "f1")}
-        return [
-            {
-                "label": label,
+        return {
+            label: {
                 **{kind: float(values[i]) for kind, values in rates.items()},
                 "auroc": areas[i],
                 "support": int(actual[i]),
                 "predicted": int(predicted[i]),
             }
             for i, label in enumerate(self.labels)
-        ]
+        }
 
     def row_scores(self) -> Array:
         """Per row what the main metric is a function of the means of: `[n, 1]` 0/1 for accuracy."""

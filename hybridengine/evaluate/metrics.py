@@ -95,8 +95,8 @@ class LossMetrics:
     NAMES = ("loss", "perplexity")
     NAMES_WITH_ACCURACY = (*NAMES, "accuracy")
 
-    def __init__(self, main: str = "perplexity") -> None:
-        self.main = check_metric(main, self.NAMES_WITH_ACCURACY, "a language model")
+    def __init__(self, main: str = "perplexity", *, names: Sequence[str] = NAMES_WITH_ACCURACY) -> None:
+        self.main = check_metric(main, names, "a language model")
         self._rows = RowTable()
 
     def update(self, batch: Batch, prediction: Prediction, rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +13,16 @@ from hybridengine.evaluate.metrics import Array, LossMean, RowTable, check_metri
 from hybridengine.seams.task import Row
 from hybridengine.seams.types import Batch, Prediction
 
-__all__ = ["METRICS", "RougeMetrics"]
+__all__ = ["METRICS", "RougeMetrics", "check_rouge"]
 
 METRICS = ("rougeL", "rouge1", "rouge2", "loss")
 _VARIANTS = ("rouge1", "rouge2", "rougeL")
+
+
+def check_rouge() -> None:
+    """Raise `ConfigError` if `rouge-score` is not installed."""
+    if importlib.util.find_spec("rouge_score") is None:
+        raise ConfigError("ROUGE needs the package rouge-score; run `pip install 'hybridengine[summarization]'`")
 
 
 class RougeMetrics:
@@ -30,12 +37,9 @@ class RougeMetrics:
     """
 
     def __init__(self, decode: Callable[[Any], list[str]], main: str = "rougeL", *, stemmer: bool = True) -> None:
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError as error:
-            raise ConfigError(
-                "ROUGE needs the package rouge-score; run `pip install 'hybridengine[summarization]'`"
-            ) from error
+        check_rouge()
+        from rouge_score.rouge_scorer import RougeScorer
+
         self.main = check_metric(main, METRICS, "summarization")
         self._decode = decode
         self._scorer = RougeScorer(list(_VARIANTS), use_stemmer=stemmer)

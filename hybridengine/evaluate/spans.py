@@ -105,12 +105,12 @@ class SpanMetrics:
         out: dict[str, Any] = {**rates, "accuracy": float(right / words), **self._loss.compute()}
         return {**out, "rows": len(self._rows), "words": int(words), "per_class": self._per_class()}
 
-    def _per_class(self) -> list[dict[str, Any]]:
-        table = []
+    def _per_class(self) -> dict[str, dict[str, Any]]:
+        table = {}
         for kind in sorted(self._predicted | self._actual):
             counts = _columns(self._hits[kind], self._predicted[kind], self._actual[kind])
             rates = {k: float(from_counts(f"{k}_micro", *counts)) for k in METRICS[:3]}
-            table.append({"label": kind, **rates, "support": self._actual[kind], "predicted": self._predicted[kind]})
+            table[kind] = {**rates, "support": self._actual[kind], "predicted": self._predicted[kind]}
         return table
 
     def row_scores(self) -> Array:

@@ -1,0 +1,171 @@
+"""Fill in hidden words: masked language modelling, e.g. to adapt an encoder to a domain before a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hybridengine import kernels
+from hybridengine.errors import ModelError
+from hybridengine.evaluate.metrics import LossMetrics, check_metric
+from hybridengine.plugin import Run, Traits, hook, parameter
+from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
+from hybridengine.tokens import (
+    head_patterns,
+    padded_inputs,
+    set_pad_token,
+    special_ids,
+    to_side,
+    tokenise,
+    usable_length,
+)
+
+__all__ = ["MaskedLanguageModeling"]
+
+_IGNORED = -100
+
+
+@dataclass(eq=False)
+class MaskedLanguageModeling:
+    """Hide some tokens of a text and predict them.
+
+    Role: `text`. Every ordinary token is chosen with probability `share`, and at least one a row; of the chosen ones
+    80% become the mask token, 10% a random ordinary token, 10% stay (Devlin et al. 2019). Special tokens are never
+    chosen. Which tokens are chosen follows (seed, step, row) alone: neither the other rows of a batch, nor padding, nor
+    a restart change it. The leaf loss is cross-entropy summed over chosen tokens; its unit is the token. Metrics: loss,
+    perplexity, accuracy over chosen tokens.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        kind="task", family="tasks", paper="Devlin et al.: BERT, NAACL 2019; Gururangan et al., ACL 2020"
+    )
+
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+    columns: ClassVar[Mapping[str, str]] = {"text": "text"}
+    optional_columns: ClassVar[Sequence[str]] = ()
+    metric: ClassVar[str] = "perplexity"
+    metric_names: ClassVar[Sequence[str]] = LossMetrics.NAMES_WITH_ACCURACY
+    greater_is_better: ClassVar[bool] = False
+    unit: ClassVar[str] = "tokens"
+    head: ClassVar[Sequence[str]] = head_patterns(
+        "cls",
+        "lm_head",
+        "predictions",
+        "vocab_transform",
+        "vocab_layer_norm",
+        "vocab_projector",
+        "generator_predictions",
+        "generator_lm_head",
+    )
+
+    share: float = parameter(0.15, "share of ordinary tokens that are chosen", gt=0, lt=1)
+    masked: float = parameter(0.8, "share of chosen tokens that become the mask token", ge=0, le=1)
+    replaced: float = parameter(0.1, "share of chosen tokens that become a random token", ge=0, le=1)
+
+    def __post_init__(self) -> None:
+        if self.masked + self.replaced > 1:
+            raise ValueError(f"masked ({self.masked}) and replaced ({self.replaced}) together must not exceed 1")
+
+    @hook
+    def build_task(self, run: Run) -> MaskedLanguageModeling:
+        """This object is the task."""
+        return self
+
+    def check_row(self, row: Row) -> str | None:
+        """Any text will do."""
+        return None
+
+    def prepare(self, run: Run, rows: Sequence[Row]) -> None:
+        """Nothing to learn; the metric's name is checked."""
+        if run.config.evaluate.metric:
+            check_metric(run.config.evaluate.metric, self.metric_names, "masked-language-modeling")
+
+    def model_options(self, run: Run) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def configure(self, run: Run, model: nn.Module) -> nn.Module:
+        """Agree on the padding token, and say so where the checkpoint had no head for this task.
+
+        Raises:
+            ModelError: if the tokenizer has no mask token.
+        """
+        if run.tokenizer.mask_token_id is None:
+            raise ModelError(
+                "the tokenizer has no mask token, so this is no masked language model; use `task: language-modeling`"
+                " or an encoder such as BERT"
+            )
+        set_pad_token(run, model)
+        if getattr(run, "missing_parameters", None):
+            run.say(f"{run.config.model.name} has no masked-language-model head; a new one was added and is trained")
+        return model
+
+    def features(self, run: Run, rows: Sequence[Row]) -> list[Feature]:
+        """Tokenise all rows."""
+        return tokenise(run.tokenizer, [row["text"] for row in rows], max_length=usable_length(run))[0]
+
+    def collate(self, run: Run, features: Sequence[Feature], rows: Sequence[int], random: RandomRows) -> Batch:
+        """Pad to the longest and hide tokens; targets `[B, L]` are the hidden tokens, -100 elsewhere."""
+        inputs, masks = padded_inputs(run, features)
+        attention, ordinary = inputs["attention_mask"], masks["perturbable"]["input_ids"] == 1
+        draws = random("mask", rows).uniform(attention.shape[1], 3)
+        draws = to_side(draws, attention.sum(1), run.tokenizer.padding_side)
+        rank = draws[..., 0].masked_fill(~ordinary, 2.0)
+        # The lowest draw is among the chosen whenever any is; it alone is chosen in rows that would have none.
+        chosen = ordinary & ((rank < self.share) | (rank == rank.min(1, keepdim=True).values))
+        targets = inputs["input_ids"].masked_fill(~chosen, _IGNORED)
+        inputs["input_ids"] = self._hidden(run.tokenizer, inputs["input_ids"], chosen, draws)
+        size = len(features)
+        counts = {"rows": size, "all_rows": size, "episodes": 1, "tokens": int(chosen.sum())}
+        # An attack must not move what was hidden: the mask token carries no word.
+        movable = masks["perturbable"]["input_ids"] * (inputs["input_ids"] != run.tokenizer.mask_token_id)
+        masks = {**masks, "perturbable": {"input_ids": movable}, "scored": {"input_ids": chosen.long()}}
+        return Batch(inputs, targets, tuple(rows), masks, counts)
+
+    def _hidden(self, tokenizer: Any, ids: Tensor, chosen: Tensor, draws: Tensor) -> Tensor:
+        special = torch.tensor(sorted(special_ids(tokenizer)))
+        other = (draws[..., 2] * len(tokenizer)).long().clamp_max(len(tokenizer) - 1)
+        other = torch.where(torch.isin(other, special), tokenizer.mask_token_id, other)
+        as_mask = chosen & (draws[..., 1] < self.masked)
+        as_other = chosen & ~as_mask & (draws[..., 1] < self.masked + self.replaced)
+        return torch.where(as_mask, tokenizer.mask_token_id, torch.where(as_other, other, ids))
+
+    def loss(self, ctx: Context, batch: Batch, view: View) -> Out:
+        """Cross-entropy summed over hidden tokens."""
+        (out,) = ctx.outputs(batch, [view])
+        return replace(out, terms=self.terms(out.logits, batch))
+
+    def terms(
+        self, logits: Tensor, batch: Batch, *, weight: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> dict[str, Term]:
+        """The loss from logits `[B, L, V]`."""
+        flat, target = logits.flatten(0, 1), batch.targets.flatten()
+        options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": _IGNORED}
+        return {"loss": (kernels.cross_entropy(flat, target, reduction="sum", **options), "tokens")}
+
+    def predict(self, ctx: Context, batch: Batch, view: View) -> Prediction:
+        """Loss, hidden tokens and rightly guessed ones of each row."""
+        with torch.no_grad():
+            (out,) = ctx.outputs(batch, [view])
+            flat, target = out.logits.flatten(0, 1), batch.targets.flatten()
+            each = kernels.cross_entropy(flat, target, reduction="none").view(batch.targets.shape)
+            rows = each.sum(1)
+            hidden = batch.targets != _IGNORED
+            correct = ((out.logits.argmax(-1) == batch.targets) & hidden).sum(1)
+            per_row = {"loss": rows, "tokens": hidden.sum(1), "correct": correct}
+            return Prediction(terms={"loss": (rows.sum(), "tokens")}, per_row=per_row)
+
+    def metrics(self, run: Run) -> LossMetrics:
+        """Fresh metrics."""
+        return LossMetrics(run.config.evaluate.metric or self.metric, names=self.metric_names)
+
+    def records(self, run: Run, batch: Batch, prediction: Prediction, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        """Text, mean loss over its hidden tokens, and how many of them were guessed."""
+        numbers = (prediction.per_row[name].tolist() for name in ("loss", "tokens", "correct"))
+        for row, loss, count, right in zip(rows, *numbers, strict=True):
+            mean = round(loss / count, 6) if count else None
+            yield {"text": row["text"], "loss": mean, "tokens": count, "guessed": right}
