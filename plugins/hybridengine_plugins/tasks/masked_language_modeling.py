@@ -18,7 +18,6 @@ from hybridengine.tokens import (
     head_patterns,
     padded_inputs,
     set_pad_token,
-    special_ids,
     to_side,
     tokenise,
     usable_length,
@@ -127,7 +126,7 @@ class MaskedLanguageModeling:
         return Batch(inputs, targets, tuple(rows), masks, counts)
 
     def _hidden(self, tokenizer: Any, ids: Tensor, chosen: Tensor, draws: Tensor) -> Tensor:
-        special = torch.tensor(sorted(special_ids(tokenizer)))
+        special = torch.tensor(tokenizer.all_special_ids)
         other = (draws[..., 2] * len(tokenizer)).long().clamp_max(len(tokenizer) - 1)
         other = torch.where(torch.isin(other, special), tokenizer.mask_token_id, other)
         as_mask = chosen & (draws[..., 1] < self.masked)
