@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from hybridengine.run import Run
 from hybridengine.seams import Batch, Context, Out, Prediction, Sites, Term, View
 from hybridengine.seams.base import make_works
 from hybridengine.seams.precision import LossScale, Precision
-from hybridengine.stack import EffectLog, as_method, compose
+from hybridengine.stack import EffectLog, as_method, compose, evaluation
 
 __all__ = ["Bench", "SimpleTask", "make_batch", "set_up", "tiny_config"]
 
@@ -126,6 +127,19 @@ class Bench:
     def parameters(self) -> dict[str, Tensor]:
         """A copy of all optimised parameters."""
         return {k: p.detach().clone() for k, p in self.run.may_optimise.items()}
+
+    def effect(self, method: str, name: str) -> float:
+        """The last reported value of a method's effect.
+
+        Raises:
+            KeyError: if the method never reported it.
+        """
+        self.effects.flush()
+        return self.effects.summary()[method][name]["last"]
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Evaluation mode, inside every `wrap_evaluation` of the stack."""
+        return evaluation(self.ctx, self.hooks)
 
 
 def set_up(
