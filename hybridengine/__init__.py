@@ -5,6 +5,8 @@ Importing the package imports no torch; names are loaded when first used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["Engine", "Predictor", "__version__", "load"]
 
 
-def load(folder: str, methods: Any = ()) -> Predictor:
+def load(folder: str | Path, methods: Sequence[object] = ()) -> Predictor:
     """The best model of a run folder, ready to predict: `hybridengine.load("runs/first").predict(["good"])`."""
     from hybridengine.predictor import Predictor
 

@@ -33,7 +33,7 @@ def initial_run(config: Config) -> Run:
 
 def build_model(run: Run, hooks: Hooks) -> None:
     """Load the model through `build_model`, or by the task's own class."""
-    model = hooks.build("build_model", run)
+    model: Any = hooks.build("build_model", run)
     if model is None:
         options = run.task.model_options(run)
         model, missing = load_model(run.task.auto_class, run.config.model, options, seed=run.seed)
@@ -93,8 +93,8 @@ def _refuse_checkpointed_sites(run: Run) -> None:
             parent = modules[".".join(parts[:depth])]
             if type(parent).__mro__[1].__name__ == "GradientCheckpointingLayer":
                 raise ConfigError(
-                    f"train.checkpointing: the embedding {site} lies inside a checkpointed layer, where a delta would be"
-                    " lost in the recomputation; set `train.checkpointing: false`"
+                    f"train.checkpointing: the embedding {site} lies inside a checkpointed layer, where a delta would"
+                    " be lost in the recomputation; set `train.checkpointing: false`"
                 )
 
 

@@ -87,9 +87,8 @@ class Engine:
             episodic = any("episodes" in m.provides for m in self._resolved.methods)
             run.splits, run.card = prepare_splits(self.config.data, run.task, raw, episodic=episodic)
             run.task.prepare(run, run.splits["train"].rows)
-            main = check_metric(
-                self.config.evaluate.metric or run.task.metric, run.task.metric_names, run.config.task_entry[0]
-            )
+            wanted = self.config.evaluate.metric or run.task.metric
+            main = check_metric(wanted, run.task.metric_names, self.config.task_entry[0])
             run.greater_is_better = greater_is_better(main)
             run.splits = hooks.transform("transform_data", run, run.splits, expect=dict)
         return self
@@ -191,7 +190,7 @@ class Engine:
             raise RuntimeError("select() makes the plan")
         return self._plan
 
-    # ---- inside -------------------------------------------------------------------------------------------------------
+    # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _train(self, folder: RunFolder) -> dict[str, Any]:
         run = self._run

@@ -64,7 +64,7 @@ def _check_place(name: str, key: str) -> bool:
         return True
     if path.is_file():
         raise ModelError(f"{key}: {name} is a file; give the folder that holds config.json and the weights")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.sep in name.strip("/") and path.parent.is_dir():
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or (os.sep in name.strip("/") and path.parent.is_dir()):
         raise ModelError(f"{key}: the folder {name} does not exist; give an existing folder or a hub id")
     return False
 

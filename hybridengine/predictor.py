@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridengine.batches import Assembler, in_order
-from hybridengine.building import build_model
+from hybridengine.building import build_model, initial_run
 from hybridengine.config import Config, load_config
 from hybridengine.data.prepare import prepare_splits
 from hybridengine.data.rows import Split
@@ -17,11 +17,11 @@ from hybridengine.evaluate.evaluator import Evaluator
 from hybridengine.models import load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.run import Run
+from hybridengine.seams import Feature
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.types import View
 from hybridengine.stack import compose, evaluation, resolve
 from hybridengine.train.best import load_best
-from hybridengine.building import initial_run
 
 __all__ = ["Predictor"]
 
@@ -116,8 +116,8 @@ class Predictor:
         run = self.run
         data = resolve(config, load_config(config)[1], Catalogue()).data
         raw = self._hooks.build("build_data", run, only=data.name)
-        run.splits, run.card = prepare_splits(config.data, run.task, raw)
-        features = {}
+        run.splits, run.card = prepare_splits(config.data, run.task, raw or {})
+        features: dict[str, list[Feature]] = {}
         for name in ("validation", "test"):
             if name in run.splits:
                 made = self._hooks.build("build_features", run, run.splits[name].rows)

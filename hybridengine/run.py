@@ -17,7 +17,6 @@ from hybridengine.errors import ModelError
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.randomness import KeyedRows
 from hybridengine.seams.sites import Sites
-from hybridengine.seams.task import Task
 
 __all__ = ["ParamGroup", "Run"]
 
@@ -65,7 +64,7 @@ class Run:
         self.model: Any = None
         self.forward_model: Any = None
         self.tokenizer: Any = None
-        self.task: Task | Any = None
+        self.task: Any = None
         self.splits: dict[str, Split] = {}
         self.labels: list[str] = []
         self.sites: Sites | None = None
@@ -118,7 +117,8 @@ class Run:
 
     def copy_of_model(self) -> nn.Module:
         """A frozen copy of the model in evaluation mode (a teacher, an average)."""
-        return copy.deepcopy(self.model).eval().requires_grad_(False)
+        twin: nn.Module = copy.deepcopy(self.model)
+        return twin.eval().requires_grad_(False)
 
     def say(self, note: str) -> None:
         """Tell the user something once."""

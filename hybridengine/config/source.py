@@ -76,7 +76,7 @@ def _construct(node: yaml.Node, location: Path_, source: Source) -> Any:
         return out
     if isinstance(node, yaml.SequenceNode):
         return [_construct(item, (*location, index), source) for index, item in enumerate(node.value)]
-    return yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    return yaml.SafeLoader("").construct_object(node, deep=True)
 
 
 def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
@@ -140,7 +140,7 @@ def _written(location: Path_, source: Source, prefix: Path_) -> Path_:
     """The location without the parts that pydantic adds for members of a union."""
     value: Any = source.values
     for part in prefix:
-        value = value[part] if isinstance(value, list | dict) else None
+        value = value[part]
     kept: list[str | int] = list(prefix)
     for index, part in enumerate(location):
         last = index == len(location) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Evaluator:
         """
         run = self._run
         metrics = run.task.metrics(run)
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = defaultdict(float)
         counts: Counter[str] = Counter()
         lines: list[str] = []
         for draw, batch, prediction in self.predictions(split):

@@ -193,7 +193,7 @@ class HookSpecs:
     @spec
     def wrap_backward(
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, work: Work
-    ) -> Mapping[str, Tensor]:  # noqa: E501
+    ) -> Mapping[str, Tensor]:
         """Add the weighted gradient of one work to `.grad`: attacks on inputs, episodes.
 
         Example:
@@ -206,7 +206,7 @@ class HookSpecs:
     @spec
     def wrap_gradient(
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
-    ) -> Mapping[str, Tensor]:  # noqa: E501
+    ) -> Mapping[str, Tensor]:
         """Complete `.grad` for the step, over all micro-batches: perturbations of weights, gradient surgery.
 
         Example:
@@ -242,7 +242,7 @@ class HookSpecs:
     @spec
     def wrap_step(
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
-    ) -> Mapping[str, Tensor]:  # noqa: E501
+    ) -> Mapping[str, Tensor]:
         """One optimizer step: afterwards the parameters have moved. Averages, replays, changing trainable sets.
 
         Example:

@@ -53,7 +53,7 @@ def permutation(size: int, *key: object) -> list[int]:
 def generator_of(device: torch.device) -> torch.Generator:
     """The generator that dropout on `device` draws from."""
     if device.type == "cuda":
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
 

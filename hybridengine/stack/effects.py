@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hybridengine.errors import NoEffectError
@@ -61,20 +60,20 @@ class EffectLog:
             seen[key] = max(seen.get(key, 0.0), abs(number))
         self._pending.clear()
         steps, self._steps = self._steps, []
-        for name, method in self._watch.items():
-            effect = method.traits.effect or ""
+        for name, watched in self._watch.items():
+            effect = watched.traits.effect or ""
             for index, step in enumerate(steps):
-                if not method.active(step):
+                if not watched.active(step):
                     continue
                 self._idle[name] = 0 if seen.get((index, name, effect), 0.0) > 0 else self._idle[name] + 1
                 if self._idle[name] >= self._patience:
-                    self._refuse(method, effect, step)
+                    self._refuse(watched, effect, step)
 
     def _refuse(self, method: Method, effect: str, step: int) -> None:
         raise NoEffectError(
             f"step {step + 1}: method {method.name!r} was active for {self._patience} steps without any effect"
-            f" (its {effect!r} stayed 0). It costs time and changes nothing: check its parameters, or remove it; if this"
-            f" is what you want, write `{method.name}: {{check_effect: false}}`."
+            f" (its {effect!r} stayed 0). It costs time and changes nothing: check its parameters, or remove it; if"
+            f" this is what you want, write `{method.name}: {{check_effect: false}}`."
         )
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:

@@ -9,7 +9,8 @@ from hybridengine.plugin.stacking import Method
 __all__ = ["NEEDS", "check_stack"]
 
 NEEDS = {
-    "dropout": "the model has no dropout, so two passes are identical; use a model with dropout or `lora: {dropout: 0.1}`",
+    "dropout": "the model has no dropout, so two passes are identical; use a model with dropout, or"
+    " `lora: {dropout: 0.1}`",
     "episodes": "training must come in episodes; add `episodes: {ways: N, shots: K}`",
     "embeddings": "the model has no token embeddings to perturb; use a text model",
     "functional": "functional parameters cannot be recomputed under gradient checkpointing (the recomputation would see"

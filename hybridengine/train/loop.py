@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-
 from hybridengine.batches import Assembler, Sampler
 from hybridengine.errors import Stopped
 from hybridengine.evaluate.evaluator import Evaluator, better
@@ -58,6 +57,7 @@ class Loop:
         for batches in self._batches():
             started = time.perf_counter()
             works = make_works(run.seed, run.step, batches)
+            self._lr = run.optimizer.param_groups[-1]["lr"]
             terms = ctx.step(ctx, works)
             self.effects.step_end(run.step)
             run.step += 1
@@ -147,7 +147,7 @@ class Loop:
             "loss": sum(values.values()),
             "terms": values,
             "gradient_norm": norm,
-            "lr": run.optimizer.param_groups[-1]["lr"],
+            "lr": self._lr,
             "samples_per_second": round(progress.samples / max(progress.seconds, 1e-9), 2),
             "seconds": round(progress.seconds, 3),
         }
@@ -169,6 +169,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._transform = self.hooks.chain("transform_batch", Batch)
         self._observed = bool(self.hooks.implementations("on_step_end"))
+        self._lr = 0.0
         self._started = time.perf_counter()
         self._first_step = self.run.step
 

@@ -1,0 +1,41 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+ARCHIVE := .cache/vaderSentiment-0.5.tar.gz
+
+.PHONY: demo test slow lint bench clean
+
+demo: $(VENV)/.demo $(ARCHIVE)
+	$(VENV)/bin/hybridengine demo --archive $(ARCHIVE)
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not gpu"
+
+slow: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "slow and not gpu"
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The constraints hold the versions this project was tested with; ranges are in pyproject.toml.
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+# Human-rated reviews from the source archive of a package (MIT). Without it the demo uses a small bundled set and says so.
+$(ARCHIVE): | $(VENV)/bin/python
+	mkdir -p .cache
+	-$(VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d .cache vaderSentiment==0.5 \
+	  && mv -n .cache/vader[sS]entiment-0.5.tar.gz $(ARCHIVE).new 2>/dev/null && mv $(ARCHIVE).new $(ARCHIVE)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .cache
