@@ -78,7 +78,7 @@ def test_refusals_of_a_model(freeze, message):
 
 @pytest.mark.parametrize("options", [{}, {"layers": -1}])
 def test_refuses_nothing_to_freeze(options):
-    with pytest.raises(ValueError, match="nothing to freeze|0 or more"):
+    with pytest.raises(ValueError, match=r"nothing to freeze|0 or more"):
         Freeze(**options)
 
 
