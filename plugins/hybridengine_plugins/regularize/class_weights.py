@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from hybridengine.data.labels import label_name, labels_of
 from hybridengine.errors import ConfigError, did_you_mean
 from hybridengine.plugin import Band, Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Out, View
@@ -17,7 +18,6 @@ from hybridengine.seams import Batch, Context, Out, View
 __all__ = ["ClassWeights"]
 
 _MEASURE_EVERY = 10  # steps between measurements of the effect, each a second look at the logits
-_LABEL_ROLES = ("label", "labels", "tags")
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class ClassWeights:
         elif self.weights == "balanced":
             values = self._balanced(run, labels)
         else:
-            given = {str(label): weight for label, weight in self.weights.items()}
+            given = {label_name(label): weight for label, weight in self.weights.items()}
             if unknown := sorted(set(given) - set(labels)):
                 hint = did_you_mean(unknown[0], labels)
                 raise ConfigError(f"class-weights: no label is named {', '.join(map(repr, unknown))}.{hint}")
@@ -73,32 +73,22 @@ class ClassWeights:
     def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
         """The task's loss with weighted classes."""
         out = ctx.outputs(batch, [view])[0]
-        scores, task = out.scores, ctx.run.task
-        weight = self._weight.to(scores.dtype)
-        terms = task.terms(scores, batch, weight=weight, label_smoothing=self.label_smoothing)
+        logits, task = out.logits, ctx.run.task
+        weight = self._weight.to(torch.float64) if logits.dtype == torch.float64 else self._weight
+        terms = task.terms(logits, batch, weight=weight, label_smoothing=self.label_smoothing)
         if ctx.run.step % _MEASURE_EVERY == 0:
             with torch.no_grad():
-                plain = task.terms(scores.detach(), batch)
+                plain = task.terms(logits.detach(), batch)
                 change = sum(abs(terms[name][0] - value) for name, (value, _) in plain.items())
                 ctx.report(self, loss_change=change / batch.size)
         return Out(terms, out.logits, out.features, view)
 
     @staticmethod
     def _balanced(run: Run, labels: list[str]) -> list[float]:
-        counts = Counter(name for row in run.splits["train"].rows for name in _names(row) if name in set(labels))
+        counts = Counter(name for row in run.splits["train"].rows for name in labels_of(row))
         if not counts:
             raise ConfigError(
                 "class-weights: the training rows carry no label to count; give `weights` a weight per label"
             )
         total, classes = sum(counts.values()), len(counts)
         return [total / (classes * counts[label]) if counts[label] else 1.0 for label in labels]
-
-
-def _names(row: Any) -> Iterator[str]:
-    """The labels of a row: one, or one per tag."""
-    for role in _LABEL_ROLES:
-        value = row.get(role)
-        if isinstance(value, list | tuple):
-            yield from map(str, value)
-        elif value is not None:
-            yield str(value)

@@ -46,18 +46,9 @@ class Distill:
 
     @hook
     def on_run_start(self, run: Run) -> None:
-        """Load the teacher, and refuse one that names its classes in another order."""
+        """Load the teacher, frozen and without dropout."""
         self._taught.clear()
-        teacher = run.load_model(self.teacher)
-        names = getattr(getattr(teacher, "config", None), "id2label", None) or {}
-        theirs = [str(names[index]) for index in sorted(names)]
-        own = [str(label) for label in run.labels]
-        if theirs != own and sorted(theirs) == sorted(own):
-            raise ModelError(
-                f"distill: the teacher {self.teacher} orders its labels as {theirs}, this run as {own}; train both on"
-                " the same label order"
-            )
-        run.add_module("teacher", teacher.eval().requires_grad_(False))
+        run.add_module("teacher", run.load_model(self.teacher).eval().requires_grad_(False))
 
     @hook
     def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:

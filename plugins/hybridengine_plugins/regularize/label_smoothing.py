@@ -44,11 +44,11 @@ class LabelSmoothing:
     def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
         """The task's loss with smoothed labels."""
         out = ctx.outputs(batch, [view])[0]
-        scores, task = out.scores, ctx.run.task
-        terms = task.terms(scores, batch, label_smoothing=self.smoothing)
+        logits, task = out.logits, ctx.run.task
+        terms = task.terms(logits, batch, label_smoothing=self.smoothing)
         if ctx.run.step % _MEASURE_EVERY == 0:
             with torch.no_grad():
-                plain = task.terms(scores.detach(), batch)
+                plain = task.terms(logits.detach(), batch)
                 change = sum(abs(terms[name][0] - value) for name, (value, _) in plain.items())
                 ctx.report(self, loss_change=change / batch.size)
         return Out(terms, out.logits, out.features, view)
