@@ -136,3 +136,9 @@ def test_limit(rows: list[dict[str, Any]], limit: int, rng: random.Random) -> No
     assert sorted(map(str, again.rows)) == sorted(map(str, chosen.rows))
     larger = limit_rows(Split("train", rows), limit + 3, INPUTS)
     assert set(chosen.lines) <= set(larger.lines), "a smaller limit is part of a larger one"
+
+
+def test_limit_breaks_ties_by_content() -> None:
+    rows = [{"text": "same", "label": label} for label in "abcdef"]
+    chosen = [limit_rows(Split("train", order), 2, INPUTS).rows for order in (rows, rows[::-1])]
+    assert sorted(map(str, chosen[0])) == sorted(map(str, chosen[1]))

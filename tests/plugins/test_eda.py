@@ -136,6 +136,8 @@ def test_independent_of_other_rows_and_keyed_by_seed() -> None:
     assert [r["text"] for r in alone] == [r["text"] for r in among]
     other = [transform(EDA(0.3, 2), [text], seed)["train"].rows[1]["text"] for seed in range(8)]
     assert len(set(other)) > 1 and alone[0]["text"] != alone[1]["text"]
+    repeated = transform(EDA(0.3, 1), [text] * 8)["train"].rows[8:]
+    assert len({row["text"] for row in repeated}) > 1, "each row has numbers of its own"
 
 
 def test_synonyms_file(tmp_path: Path) -> None:
