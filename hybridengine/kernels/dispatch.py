@@ -75,9 +75,10 @@ class Operation:
         Raises:
             KernelUnavailable: if the one asked for cannot; the message lists every reason.
         """
-        requested = impl or _overrides.get(self.name)
-        if requested is not None:
-            return self._named(requested, "impl" if impl else ENVIRONMENT, args)
+        if impl is not None or _overrides:  # nothing more is asked of a call without wishes: small losses feel it
+            requested = impl or _overrides.get(self.name)
+            if requested is not None:
+                return self._named(requested, "impl" if impl else ENVIRONMENT, args)
         for candidate in self.implementations.values():
             if candidate.why_slower(*args) or candidate.why_missing() or candidate.why_not(*args):
                 continue

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels.cross_entropy import cpu, reference
+from hybridengine.kernels.cross_entropy.autograd import REDUCTIONS
 from hybridengine.kernels.dispatch import Implementation, Operation
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
@@ -34,7 +35,8 @@ def cross_entropy(
 
     The formula is that of `torch.nn.functional.cross_entropy` and stands in `reference.py`. The loss is float32
     (float64 for float64 logits) also for half-precision logits; the gradient has the logits' dtype. Differentiable any
-    number of times, under `torch.func` and under `torch.compile(fullgraph=True)`. Inputs are never changed.
+    number of times, under `torch.func` and under `torch.compile(fullgraph=True)`. Inputs are never changed. In forward
+    mode (`jvp`, `jacfwd`, `hessian`) the automatic choice is the reference.
 
     Args:
         logits: [N, V], any floating dtype and strides.
@@ -54,11 +56,12 @@ def cross_entropy(
         KernelUnavailable: if `impl` cannot run these arguments.
         ValueError: for a wrong shape, `reduction` or `empty`.
     """
-    if logits.dim() != 2 or target.dim() != 1 or logits.shape[0] != target.shape[0]:
-        raise ValueError(f"expected logits [N, V] and target [N], got {tuple(logits.shape)} and {tuple(target.shape)}")
-    if reduction not in ("mean", "sum", "none"):
+    shape = logits.shape
+    if len(shape) != 2 or target.dim() != 1 or len(target) != shape[0]:
+        raise ValueError(f"expected logits [N, V] and target [N], got {tuple(shape)} and {tuple(target.shape)}")
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
-    if empty not in ("nan", "zero"):
+    if empty != "nan" and empty != "zero":
         raise ValueError(f"empty must be 'nan' or 'zero', not {empty!r}")
     chosen = OPERATION.choose(impl, logits, target, weight, label_smoothing)
     loss: Tensor = chosen.run(logits, target, weight, ignore_index, label_smoothing, reduction, empty)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.cross_entropy.derivatives import Options, denominator, hessian_times, unit_gradient
 
-__all__ = ["REDUCTIONS", "run_operator"]
+__all__ = ["REDUCTIONS", "forward_mode", "run_operator"]
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # the numbers of `Reduction` in csrc/cross_entropy/cross_entropy.h
 
@@ -58,7 +59,6 @@ class _Gradient(torch.autograd.Function):
         grad_loss, logits, _, target, weight, *options = inputs
         ctx.options = Options(*options)
         ctx.save_for_backward(grad_loss, logits, target, weight)
-        ctx.save_for_forward(grad_loss, logits, target, weight)
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,37 +69,20 @@ class _Gradient(torch.autograd.Function):
         by_logits = _times_rows(hessian_times(direction, logits, target, weight, ctx.options), grad_loss)
         return by_loss.to(grad_loss.dtype), by_logits.to(logits.dtype), *[None] * 7
 
-    @staticmethod
-    def jvp(ctx: Any, grad_loss_t: Tensor | None, logits_t: Tensor | None, *_: Any) -> Tensor | None:
-        grad_loss, logits, target, weight = ctx.saved_tensors
-        tangent: Tensor | None = None
-        if grad_loss_t is not None:
-            tangent = _times_rows(unit_gradient(logits, target, weight, ctx.options), grad_loss_t)
-        if logits_t is not None:
-            # The Hessian of a row is symmetric: forward and backward mode multiply by the same matrix.
-            moved = _times_rows(hessian_times(logits_t, logits, target, weight, ctx.options), grad_loss)
-            tangent = moved if tangent is None else tangent + moved
-        return None if tangent is None else tangent.to(logits.dtype)
 
+class _CrossEntropy(torch.autograd.Function):
+    """The loss in ordinary eager mode and under torch.compile.
 
-class _Traceable(torch.autograd.Function):
-    """The loss as torch.compile can trace it: Dynamo refuses a Function that defines `jvp`."""
+    Apart from `_Transformable` because a `setup_context` costs an `inspect.signature` a call.
+    """
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, *options: Any
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, *options: Any
     ) -> tuple[Tensor, Tensor]:
         loss, unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *options, want_gradient)
+        _remember(ctx, logits, target, weight, unit, options)
         return loss, unit
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, target, weight, _, *options = inputs
-        ctx.options = Options(*options)
-        ctx.given_away = False
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -107,11 +90,23 @@ class _Traceable(torch.autograd.Function):
         return gradient, *[None] * 7
 
 
+def _remember(
+    ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, unit: Tensor, options: tuple[Any, ...]
+) -> None:
+    ctx.options = Options(*options)
+    ctx.given_away = False
+    ctx.mark_non_differentiable(unit)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, weight, unit)
+
+
 def _backward(ctx: Any, grad_loss: Tensor) -> Tensor:
     unit: Tensor
     logits, target, weight, unit = ctx.saved_tensors
     if torch.compiler.is_compiling():
         return _times_rows(unit, grad_loss)
+    if forward_mode():
+        return _times_rows(unit_gradient(logits, target, weight, ctx.options), grad_loss).to(logits.dtype)
     ready = unit.numel() == logits.numel() and not ctx.given_away
     if torch.is_grad_enabled() or _is_transformed(grad_loss) or _is_transformed(logits):
         unit = unit if ready else unit_gradient(logits, target, weight, ctx.options).to(logits.dtype)
@@ -127,22 +122,22 @@ def _backward(ctx: Any, grad_loss: Tensor) -> Tensor:
     return unit
 
 
-class _Transformable(_Traceable):
-    """The loss with forward mode and vmap."""
+class _Transformable(torch.autograd.Function):
+    """The loss under torch.func."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        loss, unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *options, want_gradient)
+        return loss, unit
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _Traceable.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:3])
+        logits, target, weight, _, *options = inputs
+        _remember(ctx, logits, target, weight, output[1], tuple(options))
 
-    @staticmethod
-    def jvp(ctx: Any, logits_t: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None]:
-        logits, target, weight = ctx.saved_tensors[:3]
-        if logits_t is None:
-            return None, None
-        aligned = (unit_gradient(logits, target, weight, ctx.options) * logits_t).sum(-1)
-        none = ctx.options.reduction == REDUCTIONS["none"]
-        return aligned if none else aligned.sum(), None
+    backward = _CrossEntropy.backward
 
     @staticmethod
     def vmap(
@@ -212,10 +207,20 @@ def _scale_in_place(unit: Tensor, factor: Tensor) -> None:
     )
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is on.
+
+    A Function's `jvp` is silently wrong when forward mode is nested in forward mode (torch 2.13), so none is defined:
+    in forward mode everything is plain torch.
+    """
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def run_operator(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
     """Return the loss through the operator of the logits' device."""
-    compiling = torch.compiler.is_compiling()
-    want = torch.is_grad_enabled() and (logits.requires_grad or (not compiling and _is_transformed(logits)))
-    function = _Traceable if compiling else _Transformable
-    loss: Tensor = operators.apply(function, logits, target, weight, want, *options)[0]
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    # A batched tensor hides whether a gradient of it is wanted: assume so.
+    want_gradient = torch.is_grad_enabled() and (transformed or logits.requires_grad)
+    function = _Transformable if transformed else _CrossEntropy
+    loss: Tensor = operators.apply(function, logits, target, weight, want_gradient, *options)[0]
     return loss

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native, operators
-from hybridengine.kernels.cross_entropy.autograd import REDUCTIONS, run_operator
+from hybridengine.kernels.cross_entropy.autograd import REDUCTIONS, forward_mode, run_operator
 from hybridengine.kernels.cross_entropy.derivatives import Options
 from hybridengine.kernels.dispatch import record
 
@@ -17,16 +17,16 @@ why_missing = native.why_missing
 # Below these torch's own kernels are faster (benchmarks/bench_kernels.py): short rows waste the vector tails, and few
 # elements do not pay for one more Python call.
 _FEWEST_CLASSES = 64
-_FEWEST_ELEMENTS = 16384
+_FEWEST_ELEMENTS = 131072
 
 
 def why_slower(logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> str | None:
     """Say why plain torch is faster for this shape."""
-    rows, classes = logits.shape
+    classes = logits.shape[1]
     if classes < _FEWEST_CLASSES:
-        return f"{classes} classes: plain torch is faster below {_FEWEST_CLASSES}"
-    if rows * classes < _FEWEST_ELEMENTS:
-        return f"{rows * classes} logits: plain torch is faster below {_FEWEST_ELEMENTS}"
+        return f"fewer than {_FEWEST_CLASSES} classes: plain torch is faster"
+    if logits.shape[0] * classes < _FEWEST_ELEMENTS:
+        return f"fewer than {_FEWEST_ELEMENTS} logits: plain torch is faster"
     return None
 
 
@@ -42,6 +42,8 @@ def why_not(logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothi
         return f"label_smoothing={label_smoothing} is not in [0, 1]"
     if logits.shape[1] == 0:
         return "there are no classes"
+    if forward_mode():
+        return "forward-mode differentiation is on (torch.func.jvp, jacfwd, hessian); only plain torch has it"
     if weight is not None:
         return _why_not_weight(weight, logits.shape[1], label_smoothing)
     return None
