@@ -12,6 +12,10 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
 
+def _tenth_for_validation() -> dict[Literal["validation", "test"], float]:
+    return {"validation": 0.1}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=False)
 
@@ -35,7 +39,7 @@ class DataConfig(BaseModel):
     labels: dict[str, str] = Field(default_factory=dict, description="raw label to label name, e.g. {'0': negative}")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what a row that cannot be used does")
     carve: dict[Literal["validation", "test"], Annotated[float, Field(gt=0, lt=1)]] = Field(
-        default_factory=lambda: {"validation": 0.1},
+        default_factory=_tenth_for_validation,
         description="share of training texts that makes up a missing split, by a stable hash",
     )
     limit: Positive | None = Field(None, description="use at most this many training rows, chosen by a stable hash")
