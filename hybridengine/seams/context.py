@@ -131,26 +131,26 @@ class Context(Gradients):
     def _forward(self, batch: Batch, view: View, model: nn.Module | None, features: bool) -> Out:
         own = self.run.model
         target = model if model is not None else (self.run.forward_model if view.params is None else own)
-        if view.params is not None and getattr(own, "is_gradient_checkpointing", False):
+        if view.params is not None and _is_checkpointed(own):
             raise SeamError(
                 "functional parameters cannot be used with gradient checkpointing: the recomputation would see the"
                 " base weights; set `train.checkpointing: false`"
             )
         self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
         inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._evaluating(view.params))
-            stack.enter_context(dropout_key(self.run.device, view.key))
-            if view.delta:
-                stack.enter_context(self.sites.armed(view.delta))
-            stack.enter_context(self.run.precision.autocast(self.run.device))
-            if view.params is None:
-                outputs = target(**inputs)
-            else:
-                params = {name: p for name, p in view.params.items() if "/" not in name}
-                outputs = functional_call(target, params, (), inputs, tie_weights=True)
-        if model is None:
-            outputs = self.transform_outputs(self, batch, outputs)
+        with self._evaluating(view.params):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(dropout_key(self.run.device, view.key))
+                if view.delta:
+                    stack.enter_context(self.sites.armed(view.delta))
+                stack.enter_context(self.run.precision.autocast(self.run.device))
+                if view.params is None:
+                    outputs = target(**inputs)
+                else:
+                    params = {name: p for name, p in view.params.items() if "/" not in name}
+                    outputs = functional_call(target, params, (), inputs, tie_weights=True)
+            if model is None:
+                outputs = self.transform_outputs(self, batch, outputs)
         hidden = None
         if features:
             states = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
@@ -240,3 +240,11 @@ class Context(Gradients):
 
         with sdpa_kernel(SDPBackend.MATH):
             yield
+
+
+def _is_checkpointed(model: Any) -> bool:
+    # transformers renamed it; asking for the old name first would warn.
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(model, name):
+            return bool(getattr(model, name))
+    return False

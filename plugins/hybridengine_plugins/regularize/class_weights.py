@@ -74,11 +74,12 @@ class ClassWeights:
         """The task's loss with weighted classes."""
         out = ctx.outputs(batch, [view])[0]
         logits, task = out.logits, ctx.run.task
-        weight = self._weight.to(torch.float64) if logits.dtype == torch.float64 else self._weight
+        exact = logits is not None and logits.dtype == torch.float64
+        weight = self._weight.double() if exact else self._weight
         terms = task.terms(logits, batch, weight=weight, label_smoothing=self.label_smoothing)
         if ctx.run.step % _MEASURE_EVERY == 0:
             with torch.no_grad():
-                plain = task.terms(logits.detach(), batch)
+                plain = task.terms(logits, batch)
                 change = sum(abs(terms[name][0] - value) for name, (value, _) in plain.items())
                 ctx.report(self, loss_change=change / batch.size)
         return Out(terms, out.logits, out.features, view)

@@ -48,7 +48,7 @@ class LabelSmoothing:
         terms = task.terms(logits, batch, label_smoothing=self.smoothing)
         if ctx.run.step % _MEASURE_EVERY == 0:
             with torch.no_grad():
-                plain = task.terms(logits.detach(), batch)
+                plain = task.terms(logits, batch)
                 change = sum(abs(terms[name][0] - value) for name, (value, _) in plain.items())
                 ctx.report(self, loss_change=change / batch.size)
         return Out(terms, out.logits, out.features, view)
