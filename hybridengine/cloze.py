@@ -193,7 +193,7 @@ class Cloze:
         """Where label words are scored, `[B, K]`: the masks, or a text's last token and the tokens of longer words."""
         if self.branches is not None:
             return self.branches.columns(batch.inputs["attention_mask"])
-        hits = batch.inputs["input_ids"] == self.tokenizer.mask_token_id
+        hits: Tensor = batch.inputs["input_ids"] == self.tokenizer.mask_token_id
         return hits.long().argsort(dim=1, descending=True, stable=True)[:, : self.masks]
 
     def score(self, log_probabilities: Tensor) -> Tensor:

@@ -102,6 +102,26 @@ def test_a_saved_adapter_loads_with_peft_alone(tmp_path):
     assert torch.equal(_logits(Auto.from_pretrained(tmp_path / "best", num_labels=3)), expected)
 
 
+def test_what_the_checkpoint_lacks_is_trained_and_saved(tmp_path):
+    """A masked LM's checkpoint has no pooler: its random start must not be lost, or the adapter would not load."""
+    from hybridengine.config import ModelConfig
+    from hybridengine.models import load_model
+
+    folder = tiny_checkpoint(tmp_path / "base", "bert", "AutoModelForMaskedLM")
+    load = ("AutoModelForSequenceClassification", ModelConfig(name=str(folder)), {"num_labels": 3})
+    model, missing = load_model(*load, seed=1)
+
+    def prepare(run):
+        run.missing_parameters = missing
+
+    bench = set_up([LoRA(r=2)], model, BATCH, lr=0.5, prepare=prepare)
+    assert any("pooler.modules_to_save" in name for name in bench.run.may_optimise)
+    bench.step([BATCH])
+    bench.run.model.save_pretrained(tmp_path / "best")
+    elsewhere, _ = load_model(*load, seed=2)
+    assert torch.equal(_logits(PeftModel.from_pretrained(elsewhere, tmp_path / "best")), _logits(bench.run.model))
+
+
 @pytest.mark.parametrize(
     ("architecture", "head", "auto"),
     [("llama", "AutoModelForCausalLM", AutoPeftModelForCausalLM), ("bert", "AutoModelForMaskedLM", AutoPeftModel)],

@@ -77,7 +77,7 @@ class LoRA:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets,
-            modules_to_save=heads or None,
+            modules_to_save=list(heads) or None,  # PEFT adds to the list it is given
             bias="none",
             task_type=next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
             fan_in_fan_out=_transposed(model, targets),
@@ -105,17 +105,21 @@ class LoRA:
         return chosen
 
     def _heads(self, run: Run, model: Any) -> list[str]:
-        """The topmost modules all of whose parameters are the task's head, without (tied) language-model heads."""
+        """The topmost modules that are all new: the task's head, and what the checkpoint lacks (a pooler).
+
+        A pretrained language-model head is not among them: it is good as it is, and often tied to the embeddings.
+        """
         if self.heads is not None:
             return list(self.heads)
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        new = set(run.missing_parameters)
         found: list[str] = []
         for name, module in model.named_modules():
             inside = [f"{name}.{key}" for key, _ in module.named_parameters()]
             covered = any(name.startswith(f"{above}.") for above in found)
-            holds_output = output is not None and any(m is output for m in module.modules())
-            if name and inside and not covered and not holds_output:
-                if all(any(fnmatch.fnmatchcase(key, p) for p in run.task.head) for key in inside):
+            pretrained_output = output in module.modules() and not new.issuperset(inside)
+            if name and inside and not covered and not pretrained_output:
+                if all(key in new or any(fnmatch.fnmatchcase(key, p) for p in run.task.head) for key in inside):
                     found.append(name)
         return found
 
