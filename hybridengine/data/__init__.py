@@ -1,8 +1,21 @@
 """Rows of a run: where they come from, how they are checked, named, split and described."""
 
 from hybridengine.data.card import add_token_lengths, card_lines
+from hybridengine.data.label_set import label_id, label_options, label_order
+from hybridengine.data.labels import label_name
 from hybridengine.data.prepare import prepare_splits
 from hybridengine.data.reading import read_rows
 from hybridengine.data.rows import SPLITS, Split
 
-__all__ = ["SPLITS", "Split", "add_token_lengths", "card_lines", "prepare_splits", "read_rows"]
+__all__ = [
+    "SPLITS",
+    "Split",
+    "add_token_lengths",
+    "card_lines",
+    "label_id",
+    "label_name",
+    "label_options",
+    "label_order",
+    "prepare_splits",
+    "read_rows",
+]

@@ -14,11 +14,9 @@ from hybridengine.evaluate.metrics import Array, LossMean, RowTable, check_metri
 from hybridengine.seams.task import Row
 from hybridengine.seams.types import Batch, Prediction
 
-__all__ = ["METRICS", "MULTI_LABEL_METRICS", "ClassificationMetrics", "auroc_rows", "from_counts"]
+__all__ = ["ClassificationMetrics", "auroc_rows", "from_counts"]
 
 _RATES = tuple(f"{kind}_{average}" for kind in ("f1", "precision", "recall") for average in ("macro", "micro"))
-METRICS = ("accuracy", *_RATES, "mcc", "auroc", "ece", "loss")
-MULTI_LABEL_METRICS = ("accuracy", *_RATES, "auroc", "ece", "loss")
 _BINS = 15
 
 
@@ -63,11 +61,14 @@ class ClassificationMetrics:
     0.5 or more, accuracy is that of whole rows, ECE is taken over all single decisions.
     """
 
+    NAMES = ("accuracy", *_RATES, "mcc", "auroc", "ece", "loss")
+    MULTI_LABEL_NAMES = ("accuracy", *_RATES, "auroc", "ece", "loss")
+
     def __init__(self, labels: Sequence[str], main: str = "accuracy", *, multi_label: bool = False) -> None:
         from torchmetrics import classification
 
-        known = MULTI_LABEL_METRICS if multi_label else METRICS
-        self.main = check_metric(main, known, "text-classification")
+        names = self.MULTI_LABEL_NAMES if multi_label else self.NAMES
+        self.main = check_metric(main, names, "text-classification")
         self.labels = list(labels)
         self.multi_label = multi_label
         self._loss = LossMean()
@@ -122,10 +123,8 @@ class ClassificationMetrics:
         hits, predicted, actual = self._class_counts(matrix)
         rows = len(self._rows)
         out: dict[str, Any] = {"accuracy": self._correct / rows, "rows": rows}
-        names = MULTI_LABEL_METRICS if self.multi_label else METRICS
-        for name in names:
-            if name in _RATES or name == "mcc":
-                out[name] = float(from_counts(name, hits / rows, predicted / rows, actual / rows))
+        for name in (*_RATES, *(() if self.multi_label else ("mcc",))):
+            out[name] = float(from_counts(name, hits / rows, predicted / rows, actual / rows))
         areas = self._areas(actual, rows)
         defined = [area for area in areas if area is not None]
         out["auroc"] = sum(defined) / len(defined) if defined else None
@@ -150,7 +149,7 @@ class ClassificationMetrics:
 
     def _per_class(
         self, hits: Array, predicted: Array, actual: Array, areas: list[float | None]
-    ) -> list[dict[str, Any]]:
+    ) -> dict[str, dict[str, Any]]:
         rates = {kind: _rate(kind, hits, predicted, actual) for kind in ("precision", "recall", "f1")}
         return {
             label: {

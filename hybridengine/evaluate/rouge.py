@@ -13,9 +13,8 @@ from hybridengine.evaluate.metrics import Array, LossMean, RowTable, check_metri
 from hybridengine.seams.task import Row
 from hybridengine.seams.types import Batch, Prediction
 
-__all__ = ["METRICS", "RougeMetrics", "check_rouge"]
+__all__ = ["RougeMetrics", "check_rouge"]
 
-METRICS = ("rougeL", "rouge1", "rouge2", "loss")
 _VARIANTS = ("rouge1", "rouge2", "rougeL")
 
 
@@ -36,11 +35,13 @@ class RougeMetrics:
         ConfigError: if `rouge-score` is not installed.
     """
 
+    NAMES = (*_VARIANTS, "loss")
+
     def __init__(self, decode: Callable[[Any], list[str]], main: str = "rougeL", *, stemmer: bool = True) -> None:
         check_rouge()
         from rouge_score.rouge_scorer import RougeScorer
 
-        self.main = check_metric(main, METRICS, "summarization")
+        self.main = check_metric(main, self.NAMES, "summarization")
         self._decode = decode
         self._scorer = RougeScorer(list(_VARIANTS), use_stemmer=stemmer)
         self._loss = LossMean()

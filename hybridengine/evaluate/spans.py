@@ -17,7 +17,7 @@ from hybridengine.seams.types import Batch, Prediction
 
 __all__ = ["SpanMetrics", "spans", "word_tags"]
 
-METRICS = ("f1", "precision", "recall", "accuracy", "loss")
+_RATES = ("f1", "precision", "recall")
 
 
 def spans(tags: Iterable[str]) -> set[tuple[str, int, int]]:
@@ -65,8 +65,10 @@ class SpanMetrics:
     True tags are read from the rows, so that a span lost to truncation counts as missed.
     """
 
+    NAMES = (*_RATES, "accuracy", "loss")
+
     def __init__(self, labels: Sequence[str], main: str = "f1") -> None:
-        self.main = check_metric(main, METRICS, "token-classification")
+        self.main = check_metric(main, self.NAMES, "token-classification")
         self.labels = list(labels)
         self._loss = LossMean()
         self._rows = RowTable()
@@ -101,7 +103,7 @@ class SpanMetrics:
         if not len(self._rows):
             return {"rows": 0}
         hits, predicted, actual, right, words, _ = self._rows.table().sum(0)
-        rates = {k: float(from_counts(f"{k}_micro", *_columns(hits, predicted, actual))) for k in METRICS[:3]}
+        rates = {k: float(from_counts(f"{k}_micro", *_columns(hits, predicted, actual))) for k in _RATES}
         out: dict[str, Any] = {**rates, "accuracy": float(right / words), **self._loss.compute()}
         return {**out, "rows": len(self._rows), "words": int(words), "per_class": self._per_class()}
 
@@ -109,7 +111,7 @@ class SpanMetrics:
         table = {}
         for kind in sorted(self._predicted | self._actual):
             counts = _columns(self._hits[kind], self._predicted[kind], self._actual[kind])
-            rates = {k: float(from_counts(f"{k}_micro", *counts)) for k in METRICS[:3]}
+            rates = {k: float(from_counts(f"{k}_micro", *counts)) for k in _RATES}
             table[kind] = {**rates, "support": self._actual[kind], "predicted": self._predicted[kind]}
         return table
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridengine.labels import label_order
+from hybridengine.data import label_order
 from hybridengine.testing.models import tiny_tokenizer
 from hybridengine.tokens import blocks, padded, special_ids, to_side, tokenise
 

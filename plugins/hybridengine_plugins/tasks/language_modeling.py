@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridengine import kernels
-from hybridengine.evaluate.metrics import LossMetrics, check_metric
+from hybridengine.evaluate import LossMetrics, check_metric
 from hybridengine.plugin import Run, Split, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
 from hybridengine.tokens import blocks, head_patterns, padded_inputs, set_pad_token, tokenise, usable_length

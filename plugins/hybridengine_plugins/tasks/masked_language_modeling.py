@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hybridengine import kernels
 from hybridengine.errors import ModelError
-from hybridengine.evaluate.metrics import LossMetrics, check_metric
+from hybridengine.evaluate import LossMetrics, check_metric
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
 from hybridengine.tokens import (

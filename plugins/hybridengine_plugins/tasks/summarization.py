@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from hybridengine import kernels
 from hybridengine.errors import DataError, ModelError
-from hybridengine.evaluate.metrics import check_metric
-from hybridengine.evaluate.rouge import METRICS, RougeMetrics, check_rouge
+from hybridengine.evaluate import RougeMetrics, check_metric, check_rouge
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
 from hybridengine.tokens import (
@@ -47,7 +46,7 @@ class Summarization:
     columns: ClassVar[Mapping[str, str]] = {"text": "text", "summary": "summary"}
     optional_columns: ClassVar[Sequence[str]] = ()
     metric: ClassVar[str] = "rougeL"
-    metric_names: ClassVar[Sequence[str]] = METRICS
+    metric_names: ClassVar[Sequence[str]] = RougeMetrics.NAMES
     greater_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = "tokens"
     head: ClassVar[Sequence[str]] = head_patterns("lm_head")
@@ -69,7 +68,7 @@ class Summarization:
     def prepare(self, run: Run, rows: Sequence[Row]) -> None:
         """Nothing to learn; that the metric exists and can be computed is checked before a model is loaded."""
         if run.config.evaluate.metric:
-            check_metric(run.config.evaluate.metric, METRICS, "summarization")
+            check_metric(run.config.evaluate.metric, self.metric_names, "summarization")
         check_rouge()
 
     def model_options(self, run: Run) -> dict[str, Any]:

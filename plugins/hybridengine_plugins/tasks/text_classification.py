@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hybridengine import kernels
-from hybridengine.data.labels import label_name
+from hybridengine.data import label_id, label_name, label_options, label_order
 from hybridengine.errors import DataError
-from hybridengine.evaluate.classification import METRICS, MULTI_LABEL_METRICS, ClassificationMetrics
-from hybridengine.evaluate.metrics import check_metric
-from hybridengine.labels import label_id, label_options, label_order
+from hybridengine.evaluate import ClassificationMetrics, check_metric
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
 from hybridengine.tokens import head_patterns, padded_inputs, set_pad_token, tokenise, usable_length
@@ -50,12 +48,12 @@ class TextClassification:
     multi_label: bool = parameter(False, "whether a row has a list of labels, each of which may apply or not")
     labels: list[str] = parameter(list, "label names in the order of their ids")
     metric: str = field(default="accuracy", init=False)
-    metric_names: Sequence[str] = field(default=METRICS, init=False)
+    metric_names: Sequence[str] = field(default=ClassificationMetrics.NAMES, init=False)
     _ids: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.multi_label:
-            self.metric, self.metric_names = "f1_micro", MULTI_LABEL_METRICS
+            self.metric, self.metric_names = "f1_micro", ClassificationMetrics.MULTI_LABEL_NAMES
 
     @hook
     def build_task(self, run: Run) -> TextClassification:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridengine import kernels
-from hybridengine.data.labels import label_name
+from hybridengine.data import label_id, label_name, label_options, label_order
 from hybridengine.errors import DataError
-from hybridengine.evaluate.metrics import check_metric
-from hybridengine.evaluate.spans import METRICS, SpanMetrics, word_tags
-from hybridengine.labels import label_id, label_options, label_order
+from hybridengine.evaluate import SpanMetrics, check_metric, word_tags
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
 from hybridengine.tokens import head_patterns, padded, padded_inputs, set_pad_token, tokenise, usable_length
@@ -40,7 +38,7 @@ class TokenClassification:
     columns: ClassVar[Mapping[str, str]] = {"tokens": "tokens", "tags": "tags"}
     optional_columns: ClassVar[Sequence[str]] = ()
     metric: ClassVar[str] = "f1"
-    metric_names: ClassVar[Sequence[str]] = METRICS
+    metric_names: ClassVar[Sequence[str]] = SpanMetrics.NAMES
     greater_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = "tokens"
     head: ClassVar[Sequence[str]] = head_patterns("classifier", "score")
@@ -70,7 +68,7 @@ class TokenClassification:
     def prepare(self, run: Run, rows: Sequence[Row]) -> None:
         """Learn the tag set of the training rows."""
         if run.config.evaluate.metric:
-            check_metric(run.config.evaluate.metric, METRICS, "token-classification")
+            check_metric(run.config.evaluate.metric, self.metric_names, "token-classification")
         names = {label_name(tag) for row in rows for tag in row.get("tags") or ()}
         run.labels = label_order(names, self.labels or list(dict.fromkeys(run.config.data.labels.values())))
         if len(run.labels) < 2:
