@@ -1,4 +1,4 @@
-"""`full` and `freeze`: what trains, what does not, and clear refusals."""
+"""Freezing: what trains, what does not, and clear refusals."""
 
 from __future__ import annotations
 
@@ -16,13 +16,6 @@ def _moved(bench):
     before = {k: p.detach().clone() for k, p in bench.run.model.named_parameters()}
     bench.step([make_batch()])
     return {k for k, p in bench.run.model.named_parameters() if not torch.equal(p, before[k])}
-
-
-def test_full_trains_every_parameter_even_of_a_frozen_model():
-    model = tiny_bert(num_labels=3).requires_grad_(False)
-    bench = set_up([Full()], model, make_batch(), lr=0.1)
-    assert set(bench.run.may_optimise) == {k for k, _ in model.named_parameters()}
-    assert _moved(bench) >= {"classifier.weight", "bert.embeddings.word_embeddings.weight"}
 
 
 @pytest.mark.parametrize(("layers", "still"), [(0, {"0", "1"}), (1, {"1"}), (2, set())])

@@ -9,6 +9,7 @@ import torch
 from hybridengine_plugins.adversarial.fgm import FGM
 from hybridengine_plugins.meta.episodes import Episodes
 from hybridengine_plugins.meta.maml import MAML
+from hybridengine_plugins.tasks.text_classification import TextClassification
 from quadratic import SIZE, Quadratic, QuadraticTask, episode, matrix
 from torch.func import functional_call
 from torch.nn import functional
@@ -120,10 +121,11 @@ def _compare(gradients, expected):
         torch.testing.assert_close(gradients.get(name, torch.zeros_like(value)), value, rtol=1e-7, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("task", [None, TextClassification()], ids=["torch loss", "kernel loss"])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_equals_a_double_loop_on_bert(scale):
+def test_equals_a_double_loop_on_bert(scale, task):
     expected = _double_loop(_bert(attn_implementation="eager"), _text_episode(), 0.2, 2, _clean)
-    bench = set_up([MAML(inner_lr=0.2, inner_steps=2)], _bert(), _text_episode(), loss_scale=scale)
+    bench = set_up([MAML(inner_lr=0.2, inner_steps=2)], _bert(), _text_episode(), loss_scale=scale, task=task)
     _compare(bench.gradients([_text_episode()]), expected)
 
 
