@@ -10,6 +10,7 @@ from hybridengine_plugins.tasks.token_classification import TokenClassification
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score, precision_score, recall_score
+from tokenizers import normalizers
 from torch.nn import functional
 
 from hybridengine.seams import View
@@ -72,6 +73,19 @@ def test_every_word_is_scored_once_and_padding_changes_nothing(side, rows):
             rtol=1e-5,
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("max_length", [64, 4])
+def test_words_that_the_tokenizer_drops_keep_their_place(max_length):
+    tokenizer = tiny_tokenizer()
+    drop = normalizers.Replace("~", "")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), drop])
+    model = tiny_bert(AUTO, num_labels=4)
+    made = set_up_task(TokenClassification(), model, tokenizer, ROWS, max_length=max_length)
+    row = {"tokens": ["mary", "~", "~~", "london"], "tags": ["B-PER", "O", "O", "B-LOC"]}
+    batch = made.batch([row, ROWS[2]])
+    targets = batch.targets[0][batch.masks["scored"]["input_ids"][0] == 1]
+    assert [made.run.labels[t] for t in targets] == row["tags"][: max_length - 2]
 
 
 def test_loss_is_summed_over_scored_tokens():
