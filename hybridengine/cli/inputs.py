@@ -25,8 +25,8 @@ class Form(StrEnum):
     jsonl = "jsonl"
 
 
-def read_inputs(file: str, form: Form = Form.auto) -> Iterator[Input]:
-    """Rows one by one, texts or mappings.
+def read_inputs(file: str, form: Form = Form.auto) -> Iterator[tuple[str, Input]]:
+    """Rows one by one, texts or mappings, each with its `file:line`.
 
     Args:
         file: a path, or `-` for standard input.
@@ -42,7 +42,7 @@ def read_inputs(file: str, form: Form = Form.auto) -> Iterator[Input]:
 
     path = Path(file)
     if form is Form.auto and path.name.lower().removesuffix(".gz").endswith(SUFFIXES):
-        yield from (row for _, row in read_rows(path))
+        yield from ((f"{path}:{number}", row) for number, row in read_rows(path))
         return
     try:
         with path.open("rb") as lines:
@@ -53,7 +53,7 @@ def read_inputs(file: str, form: Form = Form.auto) -> Iterator[Input]:
         ) from None
 
 
-def _from_lines(stream: BinaryIO, name: str, form: Form) -> Iterator[Input]:
+def _from_lines(stream: BinaryIO, name: str, form: Form) -> Iterator[tuple[str, Input]]:
     lines = _decoded(stream, name)
     first = next(lines, None)
     if first is None:
@@ -61,7 +61,8 @@ def _from_lines(stream: BinaryIO, name: str, form: Form) -> Iterator[Input]:
     if form is Form.auto:
         form = Form.jsonl if _is_object(first[1]) else Form.text
     for number, text in chain([first], lines):
-        yield _object(f"{name}:{number}", text) if form is Form.jsonl else text
+        where = f"{name}:{number}"
+        yield where, _object(where, text) if form is Form.jsonl else text
 
 
 def _decoded(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:

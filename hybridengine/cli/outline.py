@@ -39,16 +39,16 @@ def show_plan(plan: Plan) -> None:
     console.line("  " + "; ".join(f"{letter} {PASSES[letter]}" for letter in used))
     console.line("  cost: floating-point operations relative to a plain step")
     console.line()
-    console.field("steps", f"{plan.total_steps:,} of {plan.rows_per_step:,} rows each")
+    console.field("steps", f"{plan.total_steps:,}, each of {plan.rows_per_step:,} rows")
     console.field("two views", "stacked into one forward pass" if plan.stack_views else "one forward pass each")
-    for name, value in plan.memory.items():
-        console.field(name.replace("_", " "), _amount(name, value), 18)
+    if "parameters" in plan.memory:
+        console.field("memory", _memory(plan.memory))
     if chosen := _kernels(plan.kernels):
         console.field("kernels", ", ".join(chosen))
     console.line()
-    console.line("members (set `order:` of a method to move it, `name: {parameter: value}` to change it)", style="bold")
-    members = [(m["name"], m["order"], m["cost"], _parameters(m["parameters"])) for m in plan.members]
-    console.table(("name", "order", "cost", "parameters"), members, indent="  ")
+    console.line("members (`order:` of a method moves it, `name: {parameter: value}` changes it)", style="bold")
+    for member in plan.members:
+        console.field(f"  {member['name']}", f"{_parameters(member)}\n{member['cost']}", 18)
 
 
 def diagram(layers: Mapping[str, list[str]]) -> list[str]:
@@ -61,15 +61,27 @@ def diagram(layers: Mapping[str, list[str]]) -> list[str]:
     return lines
 
 
-def _parameters(parameters: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in parameters.items()) or "-"
+def _parameters(member: Mapping[str, Any]) -> str:
+    return ", ".join([f"order {member['order']}", *(f"{name}={value}" for name, value in member["parameters"].items())])
 
 
 def _kernels(rows: list[dict[str, Any]]) -> list[str]:
-    return [f"{row['op']}: {row['impl']}" for row in rows if row.get("chosen", True) and "op" in row and "impl" in row]
+    return [f"{row['op']}: {row['impl']}" for row in rows if row.get("chosen", True)]
 
 
-def _amount(name: str, value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value / 2**20:,.0f} MiB" if name.endswith("bytes") else f"{value:,}"
-    return str(value)
+def _memory(memory: Mapping[str, Any]) -> str:
+    sizes = [f"{name.removesuffix('_bytes')} {_size(n)}" for name, n in memory.items() if name.endswith("_bytes")]
+    total = sum(n for name, n in memory.items() if name.endswith("_bytes"))
+    about = "" if memory.get("exact") else " (of the plain model; a method builds another)"
+    return (
+        f"{memory['trainable']:,} of {memory['parameters']:,} parameters are trained{about}\n"
+        f"{_size(total)} and activations: {', '.join(sizes)}"
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"

@@ -36,9 +36,8 @@ class TrainingProgress:
         self._end_bar()
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "start" and console.is_terminal():
-            self._say(event.message)
-            self._start_bar(event)
+        if event.kind == "start":
+            self._start(event)
         elif event.kind == "step":
             # The loss is read from the device now and then only; between, the last one stands.
             self._loss = event.values.get("loss", self._loss)
@@ -63,7 +62,17 @@ class TrainingProgress:
         # The first step is told at once: whoever waits sees that it runs, and an early ETA.
         if event.step == 1 or event.step == event.total or now - self._last_line >= _EVERY:
             self._last_line = now
-            self._say(f"step {event.step}/{event.total}  {_numbers(values, eta=True)}".rstrip())
+            self._say(f"step {event.step}/{event.total}  {_numbers(values, eta=event.step < event.total)}".rstrip())
+
+    def _start(self, event: Event) -> None:
+        from hybridengine.data import card_lines
+
+        if card := event.values.get("card"):
+            for text in card_lines(card):
+                self._say(text)
+        self._say(event.message)
+        if console.is_terminal():
+            self._start_bar(event)
 
     def _start_bar(self, event: Event) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -86,7 +95,7 @@ def _numbers(values: dict[str, Any], eta: bool = False) -> str:
     if isinstance(loss := values.get("loss"), int | float):
         words.append(f"loss {compact(loss)}")
     if isinstance(speed := values.get("samples_per_second"), int | float):
-        words.append(f"{compact(speed)} samples/s")
+        words.append(f"{speed:,.1f} samples/s")
     if eta and isinstance(left := values.get("eta"), int | float):
         words.append(f"ETA {duration(left)}")
     return "  ".join(words)

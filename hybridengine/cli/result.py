@@ -39,7 +39,7 @@ def _metrics(values: Mapping[str, Any]) -> str:
 
     interval = values.get("ci95")
     main = values.get("main")
-    names = [name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    names = [name for name, value in values.items() if isinstance(value, float) or name == main]
     words = []
     for name in sorted(names, key=lambda name: name != main)[:_MOST_METRICS]:
         text = f"{title(name).lower()} {metric(name, values[name])}"

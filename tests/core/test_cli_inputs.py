@@ -18,6 +18,10 @@ def write(folder: Path, name: str, content: bytes) -> str:
     return str(folder / name)
 
 
+def values(file: str, form: Form = Form.auto) -> list[object]:
+    return [row for _, row in read_inputs(file, form)]
+
+
 @pytest.mark.parametrize(
     ("content", "form", "rows"),
     [
@@ -32,18 +36,23 @@ def write(folder: Path, name: str, content: bytes) -> str:
     ],
 )
 def test_lines(content: bytes, form: Form, rows: list[object], tmp_path: Path) -> None:
-    assert list(read_inputs(write(tmp_path, "rows.txt", content), form)) == rows
+    assert values(write(tmp_path, "rows.txt", content), form) == rows
 
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
-    assert list(read_inputs("-")) == ["one", "two"]
+    assert list(read_inputs("-")) == [("standard input:1", "one"), ("standard input:2", "two")]
 
 
 def test_data_files_are_read_by_their_suffix(tmp_path: Path) -> None:
     packed = write(tmp_path, "a.jsonl.gz", gzip.compress(b'{"text": "a", "n": 1}\n'))
-    assert list(read_inputs(packed)) == [{"text": "a", "n": 1}]
-    assert list(read_inputs(write(tmp_path, "a.csv", b"text,x\nhello,1\n"))) == [{"text": "hello", "x": "1"}]
+    assert values(packed) == [{"text": "a", "n": 1}]
+    assert values(write(tmp_path, "a.csv", b"text,x\nhello,1\n")) == [{"text": "hello", "x": "1"}]
+
+
+def test_each_row_knows_its_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "rows.txt", b"\none\n\ntwo\n")
+    assert [place for place, _ in read_inputs(file)] == [f"{file}:2", f"{file}:4"]
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,10 @@ def run(
     The composed methods, passes of each phase, cost, memory and kernels; trains and writes nothing.
     """
     from hybridengine.engine import Engine
+    from hybridengine.kernels import explain
 
     plan = Engine(config, overrides or []).plan()
+    plan.kernels = plan.kernels or [row._asdict() for row in explain() if row.chosen]
     if as_json:
         console.print_json(plan.to_dict())
     else:

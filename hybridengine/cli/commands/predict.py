@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +16,11 @@ import typer
 
 from hybridengine.cli.inputs import Form, read_inputs
 from hybridengine.cli.runs import run_folder
+from hybridengine.errors import DataError
 
 __all__ = ["run"]
 
+_INPUT = re.compile(r"input:(\d+): ")
 _BATCHES = 8  # per call of the predictor, which sorts its rows by length
 
 
@@ -38,16 +43,31 @@ def run(
     """
     from hybridengine import load
 
+    run_folder(folder)
     rows = read_inputs(file, form)
-    first = list(islice(rows, batch_size * _BATCHES))  # a wrong file is told before the model is loaded
-    predictor = load(str(run_folder(folder)))
+    chunk = list(islice(rows, batch_size * _BATCHES))  # a wrong file is told before the model is loaded
+    predictor = load(folder)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    while first:
-        for answer in predictor.predict(first, batch_size=batch_size):
-            print(_as_json(answer))
+    while chunk:
+        places = [place for place, _ in chunk]
+        with _located(places):
+            for answer in predictor.predict([row for _, row in chunk], batch_size=batch_size):
+                print(_as_json(answer))
         sys.stdout.flush()
-        first = list(islice(rows, batch_size * _BATCHES))
+        chunk = list(islice(rows, batch_size * _BATCHES))
+
+
+@contextmanager
+def _located(places: Sequence[str]) -> Iterator[None]:
+    """The predictor counts the rows it was given (`input:3: ...`); the user knows lines of a file."""
+    try:
+        yield
+    except DataError as error:
+        found = _INPUT.match(str(error))
+        if found is None or not 0 < int(found[1]) <= len(places):
+            raise
+        raise DataError(f"{places[int(found[1]) - 1]}: {str(error)[found.end() :]}") from error
 
 
 def _as_json(answer: Any) -> str:
