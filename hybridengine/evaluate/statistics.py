@@ -142,7 +142,8 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tup
     share = successes / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and 1 the end is exact; rounding would leave it at 1e-17.
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == total else centre + half
 
 
 @dataclass(frozen=True)

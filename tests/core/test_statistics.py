@@ -105,7 +105,9 @@ def test_multinomial_and_index_draws_give_one_distribution():
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_all_right_or_all_wrong_gives_wilsons_interval_not_a_point(value):
-    assert rows_interval(np.full(50, value)) == wilson_interval(int(50 * value), 50)
+    low, high = rows_interval(np.full(50, value))
+    assert (low, high) == wilson_interval(int(50 * value), 50)
+    assert (low if value == 0 else high) == value and high - low > 0.05
 
 
 def test_what_has_no_interval():
