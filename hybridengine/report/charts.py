@@ -130,13 +130,13 @@ def line_chart(
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within a range, at most `most + 1`."""
+    """Round numbers (1, 2 or 5 times a power of ten apart) within a range: at least one, at most `most + 1`."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(
-        (power * unit for unit in (1, 2, 5, 10) if power * unit * most >= (high - low) * (1 - 1e-9)), power * 10
-    )
-    first = math.ceil(low / step - 1e-9)
-    return [float(f"{n * step:.12g}") for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    for step in (power, 2 * power, 5 * power, 10 * power):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first <= most:
+            break
+    return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
 
 
 def _scale(values: tuple[float, float], start: float, end: float) -> Callable[[float], float]:

@@ -45,7 +45,8 @@ def _split_card(name: str, split: dict[str, Any], limit: str) -> SplitCard:
     if split.get("duplicates") is not None:
         facts.append(("Repeated texts", compact(number(split.get("duplicates")))))
     counts = sorted(
-        ((label, number(n) or 0.0) for label, n in mapping(split.get("labels")).items()), key=lambda item: -item[1]
+        ((label, max(0.0, number(n) or 0.0)) for label, n in mapping(split.get("labels")).items()),
+        key=lambda item: -item[1],
     )
     largest = max((n for _, n in counts), default=0.0)
     labels = [

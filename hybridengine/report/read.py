@@ -83,7 +83,7 @@ def read_run(folder: Path) -> RunFolder:
 def clean(value: Any) -> Any:
     """`value` with terminal sequences, control characters and lone surrogates taken out of every string in it."""
     if isinstance(value, str):
-        return _CONTROLS.sub("", _ESCAPES.sub("", value))
+        return value if value.isprintable() else _CONTROLS.sub("", _ESCAPES.sub("", value))
     if isinstance(value, dict):
         return {clean(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, list):

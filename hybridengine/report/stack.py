@@ -124,7 +124,7 @@ def phase_rows(run: RunFolder) -> list[PhaseRow]:
     rows = []
     for index, (start, phase) in enumerate(zip(starts, phases, strict=True)):
         end = starts[index + 1] if index + 1 < len(starts) else total
-        share = 100 * max(0, end - start) / total if total and end is not None else 0.0
+        share = 100 * min(1.0, max(0, end - start) / total) if total and total > 0 and end is not None else 0.0
         passes = text(phase.get("passes"))
         rows.append(
             PhaseRow(

@@ -93,7 +93,7 @@ def confusions(run: RunFolder) -> list[Confusion]:
     for split, measured in mapping(run.summary.get("metrics")).items():
         raw = mapping(mapping(measured).get("confusion"))
         labels = [text(label) for label in sequence(raw.get("labels"))]
-        matrix = [[integer(cell) or 0 for cell in sequence(row)] for row in sequence(raw.get("matrix"))]
+        matrix = [[max(0, integer(cell) or 0) for cell in sequence(row)] for row in sequence(raw.get("matrix"))]
         if labels and len(matrix) == len(labels) and all(len(row) == len(labels) for row in matrix):
             found.append(_confusion(split, labels, matrix))
     return found
