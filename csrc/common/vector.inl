@@ -48,15 +48,11 @@ HE_INLINE void store(float* target, FloatLanes vector) { __builtin_memcpy(target
 HE_INLINE void store(double* target, DoubleLanes vector) { __builtin_memcpy(target, &vector, sizeof(vector)); }
 
 // Rounds to nearest even; NaN becomes the quiet NaN that torch uses.
-template <class Bits, class Floats>
-HE_INLINE Bits round_to_bf16(Floats vector) {
-  const Bits bits = (Bits)vector;
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return vector == vector ? rounded : splat<Bits>(0x7fc0u);
-}
-
 HE_INLINE void store(Bf16* target, FloatLanes vector) {
-  const Bf16Lanes narrow = __builtin_convertvector(round_to_bf16<BitLanes>(vector), Bf16Lanes);
+  const BitLanes bits = (BitLanes)vector;
+  const BitLanes rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const BitLanes result = vector == vector ? rounded : splat<BitLanes>(0x7fc0u);
+  const Bf16Lanes narrow = __builtin_convertvector(result, Bf16Lanes);
   __builtin_memcpy(target, &narrow, sizeof(narrow));
 }
 
@@ -70,16 +66,16 @@ HE_INLINE DoubleLanes load_wide(const Bf16* source) {
   return __builtin_convertvector((NarrowFloatLanes)bits, DoubleLanes);
 }
 
-HE_INLINE void store_wide(double* target, DoubleLanes vector) { store(target, vector); }
-HE_INLINE void store_wide(float* target, DoubleLanes vector) {
-  const NarrowFloatLanes narrow = __builtin_convertvector(vector, NarrowFloatLanes);
-  __builtin_memcpy(target, &narrow, sizeof(narrow));
+// Two vectors to neighbouring places. Narrowed to one full vector first: half-filled ones narrow slowly.
+HE_INLINE void store_wide_pair(double* target, DoubleLanes low, DoubleLanes high) {
+  store(target, low);
+  store(target + kDoubleLanes, high);
 }
-HE_INLINE void store_wide(Bf16* target, DoubleLanes vector) {
-  const NarrowFloatLanes floats = __builtin_convertvector(vector, NarrowFloatLanes);
-  const NarrowBf16Lanes narrow =
-      __builtin_convertvector(round_to_bf16<NarrowBitLanes>(floats), NarrowBf16Lanes);
-  __builtin_memcpy(target, &narrow, sizeof(narrow));
+template <class Element>
+HE_INLINE void store_wide_pair(Element* target, DoubleLanes low, DoubleLanes high) {
+  const NarrowFloatLanes halves[2] = {__builtin_convertvector(low, NarrowFloatLanes),
+                                      __builtin_convertvector(high, NarrowFloatLanes)};
+  store(target, load_as<FloatLanes>(halves));
 }
 
 // One element at a time.

@@ -54,8 +54,9 @@ HE_INLINE void write_sequence(const PerturbStep& step, int64_t sequence, Value v
         continue;
       }
       int64_t i = 0;
-      for (; i + kDoubleLanes <= site.width; i += kDoubleLanes) {
-        store_wide(at.output + i, value(load_wide(at.delta + i), load_wide(at.gradient + i)));
+      for (; i + 2 * kDoubleLanes <= site.width; i += 2 * kDoubleLanes) {
+        store_wide_pair(at.output + i, value(load_wide(at.delta + i), load_wide(at.gradient + i)),
+                        value(load_wide(at.delta + i + kDoubleLanes), load_wide(at.gradient + i + kDoubleLanes)));
       }
       for (; i < site.width; ++i) {
         store_one(at.output + i, value((double)to_accumulator(at.delta[i]), (double)to_accumulator(at.gradient[i])));

@@ -31,21 +31,23 @@ def run(sites: list[Site], step_size: float, epsilon: float | None, linf: bool) 
     # `where`, not a product: a masked NaN must vanish.
     g = [torch.where(kept, site.gradient, 0).to(dtype) for kept, site in zip(keep, sites, strict=True)]
     d = [torch.where(kept, site.delta, 0).to(dtype) for kept, site in zip(keep, sites, strict=True)]
-    finite = torch.stack([one.isfinite().flatten(1).all(1) for one in g]).all(0).view(-1, 1, 1)
+    largest = _largest(g)
     if linf:
-        moved = [one + step_size * direction.sign() for one, direction in zip(d, g, strict=True)]
+        moved = [old + step_size * direction.sign() for old, direction in zip(d, g, strict=True)]
         if epsilon is not None:
             moved = [one.clamp(-epsilon, epsilon) for one in moved]
     else:
-        moved = _l2_step(d, g, step_size, epsilon)
+        moved = _l2_step(d, g, largest, step_size, epsilon)
+    finite = largest.isfinite()  # the maximum is NaN where any entry is
     chosen = [torch.where(finite, new, old) for new, old in zip(moved, d, strict=True)]
     return [one.to(site.delta.dtype) for one, site in zip(chosen, sites, strict=True)]
 
 
-def _l2_step(d: list[Tensor], g: list[Tensor], step_size: float, epsilon: float | None) -> list[Tensor]:
+def _l2_step(
+    d: list[Tensor], g: list[Tensor], largest: Tensor, step_size: float, epsilon: float | None
+) -> list[Tensor]:
     # Divided by its largest entry first, no gradient is so large or so small that its square leaves the number range.
-    largest = _largest(g)
-    direction = [torch.where(largest > 0, one / largest, 0) for one in g]
+    direction = [one / torch.where(largest > 0, largest, 1) for one in g]
     norm = _norm(direction)
     rate = torch.where(norm > 0, step_size / norm, 0)
     moved = [old + rate * one for old, one in zip(d, direction, strict=True)]
@@ -58,8 +60,10 @@ def _l2_step(d: list[Tensor], g: list[Tensor], step_size: float, epsilon: float 
 
 def _largest(sites: list[Tensor]) -> Tensor:
     """Return the largest absolute entry of each sequence over all sites, [B, 1, 1]."""
-    zero = sites[0].new_zeros(sites[0].shape[0], 1)
-    return torch.cat([zero, *(one.abs().flatten(1) for one in sites)], 1).amax(1).view(-1, 1, 1)
+    filled = [one.abs().amax((1, 2)) for one in sites if one.numel()]
+    if not filled:
+        return sites[0].new_zeros(sites[0].shape[0], 1, 1)
+    return torch.stack(filled).amax(0).view(-1, 1, 1)
 
 
 def _norm(sites: list[Tensor]) -> Tensor:
