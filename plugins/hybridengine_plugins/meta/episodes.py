@@ -137,7 +137,7 @@ class Episodes:
         if support is None or not self.adapt_steps:
             return inner(ctx, batch, view)
         own = {unit: 1 / max(count, 1) for unit, count in support.counts.items()}
-        chosen = {k: p for k, p in ctx.run.perturbed().items() if ctx.run.dry or self._adapts(k)}
+        chosen = {k: p for k, p in ctx.run.may_optimise.items() if "/" not in k and self._adapts(k)}
         fast: dict[str, Tensor] = {k: p.detach().requires_grad_() for k, p in chosen.items()}
         with torch.enable_grad():
             for step in range(self.adapt_steps):
