@@ -146,7 +146,7 @@ class BuildNative(build_ext):
             raise BuildFailed(f"the build could not be started: {error}") from error
         print(done.stdout)
         if done.returncode != 0:
-            errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+            errors = [line for line in done.stdout.splitlines() if "error" in line.lower() or "FAILED" in line]
             raise BuildFailed(
                 f"the compiler failed: {(errors or done.stdout.splitlines() or ['no output'])[0].strip()}"
             )
