@@ -1,0 +1,201 @@
+"""Planted mistakes, each of which a named test must catch. They are the mistakes that published code really makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MUTATIONS", "Mutation"]
+
+FGM = "plugins/hybridengine_plugins/adversarial/fgm.py"
+FREELB = "plugins/hybridengine_plugins/adversarial/freelb.py"
+PGD = "plugins/hybridengine_plugins/adversarial/pgd.py"
+VAT = "plugins/hybridengine_plugins/adversarial/vat.py"
+SAM = "plugins/hybridengine_plugins/adversarial/sam.py"
+RDROP = "plugins/hybridengine_plugins/regularize/rdrop.py"
+DISTILL = "plugins/hybridengine_plugins/regularize/distill.py"
+EMA = "plugins/hybridengine_plugins/regularize/ema.py"
+MAML = "plugins/hybridengine_plugins/meta/maml.py"
+BASE = "hybridengine/seams/base.py"
+CONTEXT = "hybridengine/seams/context.py"
+GRADIENTS = "hybridengine/seams/gradients.py"
+PRECISION = "hybridengine/seams/precision.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: `old` stands exactly once in `file` and becomes `new`; `node` must then fail.
+
+    Attributes:
+        fast: run it with the default tests too, not only with `-m slow`.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    node: str
+    fast: bool = False
+
+
+MUTATIONS = (
+    Mutation(
+        "batch-wide norm",
+        CONTEXT,
+        "        return dict(kernels.perturb_step(detached, grads, masks, "
+        "step_size=step_size, epsilon=epsilon, norm=norm))",
+        "        one = [{s: x.flatten(0, 1)[None] for s, x in part.items()} for part in (detached, grads, masks)]\n"
+        "        moved = kernels.perturb_step(*one, step_size=step_size, epsilon=epsilon, norm=norm)\n"
+        "        return {s: x.view_as(detached[s]) for s, x in moved.items()}",
+        "tests/plugins/test_fgm.py::test_each_sequence_moves_by_epsilon",
+    ),
+    Mutation(
+        "unpinned dropout",
+        CONTEXT,
+        "dropout_key(self.run.device, view.key)",
+        "dropout_key(self.run.device, None)",
+        "tests/core/test_seams_randomness.py::test_equal_keys_draw_equal_masks_and_forks_others",
+    ),
+    Mutation(
+        "other dropout in each ascent step",
+        FREELB,
+        "share.at(work.view.plus(leaves))",
+        "share.at(work.view.plus(leaves).fork(step))",
+        "tests/plugins/test_freelb.py::test_steps_share_one_dropout_mask",
+    ),
+    Mutation(
+        "restore by subtraction",
+        GRADIENTS,
+        "                for name, value in saved.items():\n                    parameters[name].copy_(value)",
+        "                for name, value in saved.items():\n"
+        "                    parameters[name].sub_(values[name].to(value.dtype) - value)",
+        "tests/core/test_seams_gradients.py::test_moved_weights_are_restored_to_the_bit",
+    ),
+    Mutation(
+        "missing 1/K",
+        FREELB,
+        "share = work.scaled(1 / self.steps)",
+        "share = work",
+        "tests/plugins/test_freelb.py::test_epsilon_zero_is_plain_training",
+    ),
+    Mutation(
+        "double-counted clean gradient",
+        FGM,
+        "inner(ctx, at_leaves.scaled(1 - self.weight))",
+        "inner(ctx, at_leaves)",
+        "tests/plugins/test_fgm.py::test_epsilon_zero_is_plain_training[0.5]",
+    ),
+    Mutation(
+        "first-order MAML",
+        MAML,
+        "create_graph=not self.first_order",
+        "create_graph=False",
+        "tests/plugins/test_maml.py::test_closed_form_on_a_quadratic[1-False-1.0]",
+    ),
+    Mutation(
+        "sum-KL beside a mean",
+        RDROP,
+        '(self.alpha * kl, "rows")',
+        '(self.alpha * kl * batch.size, "rows")',
+        "tests/plugins/test_rdrop.py::test_matches_the_paper[1.0]",
+    ),
+    Mutation(
+        "one mask for both passes of R-Drop",
+        RDROP,
+        'view.fork("rdrop", 1)',
+        'view.fork("rdrop", 0)',
+        "tests/plugins/test_rdrop.py::test_the_two_masks_differ[False]",
+    ),
+    Mutation(
+        "padding perturbed by the random start",
+        FREELB,
+        "(2 * uniform - 1) * masks[site].unsqueeze(-1) * scale",
+        "(2 * uniform - 1) * scale",
+        "tests/plugins/test_freelb.py::test_start_and_path_keep_to_mask_and_ball",
+    ),
+    Mutation(
+        "padding perturbed by the probe",
+        CONTEXT,
+        'return batch.masks["perturbable"][self.sites.table[site].input]',
+        'return torch.ones_like(batch.masks["perturbable"][self.sites.table[site].input])',
+        "tests/plugins/test_vat.py::test_matches_the_paper[1.0-1.0-0.3-1]",
+    ),
+    Mutation(
+        "gradient dropped by accumulation",
+        BASE,
+        "            total = add_terms(total, ctx.backward(ctx, work))",
+        "            ctx.zero()\n            total = add_terms(total, ctx.backward(ctx, work))",
+        "tests/core/test_seams_accumulation.py::test_the_order_of_micro_batches_does_not_matter",
+        fast=True,
+    ),
+    Mutation(
+        "mean of means",
+        BASE,
+        "1 / max(totals[batch.task, unit], 1) for unit in batch.counts",
+        "1 / max(batch.counts[unit] * len(batches), 1) for unit in batch.counts",
+        "tests/core/test_seams_accumulation.py::test_any_uneven_split",
+    ),
+    Mutation(
+        "no projection",
+        PGD,
+        "epsilon=self.epsilon, norm=self.norm",
+        "epsilon=None, norm=self.norm",
+        "tests/plugins/test_pgd.py::test_stays_in_the_ball",
+        fast=True,
+    ),
+    Mutation(
+        "ascents through the weights' gradients",
+        PGD,
+        "gradient = ctx.grad(loss, list(leaves.values()))",
+        "ctx.accumulate(loss)\n            gradient = [leaf.grad for leaf in leaves.values()]",
+        "tests/plugins/test_pgd.py::test_matches_the_paper[1.0-0.3-3-l2]",
+    ),
+    Mutation(
+        "clean predictions not detached",
+        VAT,
+        "out.scores.detach()",
+        "out.scores",
+        "tests/plugins/test_vat.py::test_matches_the_paper[1.0-1.0-0.3-1]",
+    ),
+    Mutation(
+        "labelled delta on unlabelled rows",
+        VAT,
+        'view.clean().fork("unlabelled")',
+        'view.fork("unlabelled")',
+        "tests/plugins/test_vat.py::test_an_attack_on_labelled_rows_does_not_reach_unlabelled_ones",
+    ),
+    Mutation(
+        "SAM keeps the ascent's gradient",
+        SAM,
+        "gradient = ctx.take_grads()",
+        "gradient = {k: ctx.unscaled(p.grad.clone()) for k, p in ctx.run.optimised().items() if p.grad is not None}",
+        "tests/plugins/test_sam.py::test_matches_the_paper[0.05]",
+    ),
+    Mutation(
+        "cast cache alive",
+        PRECISION,
+        "cache_enabled=False",
+        "cache_enabled=True",
+        "tests/core/test_seams_context.py::test_moved_weights_are_not_read_from_a_cast_cache",
+    ),
+    Mutation(
+        "loss scale left in the gradient",
+        GRADIENTS,
+        "return wide if self.run.loss_scale.value == 1.0 else wide / self.run.loss_scale.value",
+        "return wide",
+        "tests/core/test_seams_gradients.py::test_grad_is_unscaled_at_least_fp32_and_touches_no_grad",
+    ),
+    Mutation(
+        "distillation without T squared",
+        DISTILL,
+        "self.alpha * self.temperature**2 * kl",
+        "self.alpha * kl",
+        "tests/plugins/test_distill.py::test_matches_the_paper[0.5-2.0]",
+    ),
+    Mutation(
+        "average without warm-up",
+        EMA,
+        "rate = 1 - min(self.decay, (1 + step) / (10 + step))",
+        "rate = 1 - self.decay",
+        "tests/plugins/test_ema.py::test_matches_the_recursion",
+    ),
+)
