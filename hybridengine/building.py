@@ -9,16 +9,19 @@ from torch import nn
 
 from hybridengine.config import Config, ModelConfig
 from hybridengine.data.card import add_token_lengths
-from hybridengine.errors import ConfigError, ModelError, StackError
+from hybridengine.data.prepare import prepare_splits
+from hybridengine.errors import ConfigError, DataError, ModelError, StackError
+from hybridengine.evaluate.metrics import check_metric, greater_is_better
 from hybridengine.models import capabilities_of, choose_device, load_model
 from hybridengine.plugin.calling import Hooks
 from hybridengine.run import ParamGroup, Run
 from hybridengine.seams.precision import choose_precision
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.task import Feature
+from hybridengine.stack.resolve import Resolved
 from hybridengine.stack.rules import NEEDS
 
-__all__ = ["adapt_model", "build_model", "build_optimizer", "initial_run", "make_features"]
+__all__ = ["adapt_model", "build_model", "build_optimizer", "initial_run", "make_features", "prepare_data"]
 
 
 def initial_run(config: Config) -> Run:
@@ -29,6 +32,21 @@ def initial_run(config: Config) -> Run:
     if config.train.precision == "auto":
         run.say(f"precision {precision.name}: {precision.reason}")
     return run
+
+
+def prepare_data(run: Run, hooks: Hooks, resolved: Resolved) -> None:
+    """Build the task; read, check and split the rows of `run.config`; let the task learn its labels from them."""
+    data = run.config.data
+    run.task = hooks.build("build_task", run, only=resolved.task.name)
+    raw = hooks.build("build_data", run, only=resolved.data.name)
+    if not raw:
+        raise DataError(f"data plugin {resolved.data.name!r} gave no splits; check the `data` section")
+    episodic = any("episodes" in m.provides for m in resolved.methods)
+    run.splits, run.card = prepare_splits(data, run.task, raw, episodic=episodic)
+    run.task.prepare(run, run.splits["train"].rows)
+    wanted = run.config.evaluate.metric or run.task.metric
+    run.greater_is_better = greater_is_better(check_metric(wanted, run.task.metric_names, resolved.task.name))
+    run.splits = hooks.transform("transform_data", run, run.splits, expect=dict)
 
 
 def build_model(run: Run, hooks: Hooks) -> None:
@@ -119,7 +137,8 @@ def make_features(run: Run, hooks: Hooks) -> dict[str, list[Feature]]:
         made = hooks.build("build_features", run, split.rows)
         features[name] = run.task.features(run, split.rows) if made is None else made
     lengths = {name: [f["length"] for f in made] for name, made in features.items()}
-    add_token_lengths(run.card, lengths, run.config.train.max_length)
+    cut = {name: [bool(f.get("truncated")) for f in made] for name, made in features.items()}
+    add_token_lengths(run.card, lengths, cut, run.config.train.max_length)
     return features
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridengine.batches import Assembler
-from hybridengine.building import adapt_model, build_model, build_optimizer, initial_run, make_features
+from hybridengine.building import adapt_model, build_model, build_optimizer, initial_run, make_features, prepare_data
 from hybridengine.config import Config, load_config
 from hybridengine.data.card import card_lines
-from hybridengine.data.prepare import prepare_splits
-from hybridengine.errors import DataError, HybridEngineError, OutputError, StackError, Stopped
+from hybridengine.errors import HybridEngineError, OutputError, StackError, Stopped
 from hybridengine.estimate import estimate_memory
 from hybridengine.evaluate.evaluator import Evaluator
-from hybridengine.evaluate.metrics import check_metric, greater_is_better
 from hybridengine.folder import RunFolder
 from hybridengine.models import capabilities_of, load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
@@ -79,18 +77,7 @@ class Engine:
     def prepare(self) -> Engine:
         """Read, check and split the data; build the task; write nothing."""
         if self._first("prepare"):
-            run, hooks = self._run, self._hooks
-            run.task = hooks.build("build_task", run, only=self._resolved.task.name)
-            raw = hooks.build("build_data", run, only=self._resolved.data.name)
-            if not raw:
-                raise DataError(f"data plugin {self._resolved.data.name!r} gave no splits; check the `data` section")
-            episodic = any("episodes" in m.provides for m in self._resolved.methods)
-            run.splits, run.card = prepare_splits(self.config.data, run.task, raw, episodic=episodic)
-            run.task.prepare(run, run.splits["train"].rows)
-            wanted = self.config.evaluate.metric or run.task.metric
-            main = check_metric(wanted, run.task.metric_names, self.config.task_entry[0])
-            run.greater_is_better = greater_is_better(main)
-            run.splits = hooks.transform("transform_data", run, run.splits, expect=dict)
+            prepare_data(self._run, self._hooks, self._resolved)
         return self
 
     def select(self) -> Engine:
@@ -170,7 +157,7 @@ class Engine:
 
     def evaluate(self) -> dict[str, Any]:
         """Metrics of the finished run's best model on the configured validation and test rows."""
-        return Predictor(self.folder).evaluate(self.config)
+        return Predictor(self.folder, self._extra, self.config.data.model_dump()).evaluate()
 
     # ---- looking without training -----------------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hybridengine.batches import Assembler, in_order
-from hybridengine.building import build_model, initial_run
-from hybridengine.config import Config, load_config
-from hybridengine.data.prepare import prepare_splits
+from hybridengine.building import build_model, initial_run, prepare_data
+from hybridengine.config import load_config, read_source
+from hybridengine.data.checks import row_problem
 from hybridengine.data.rows import Split
-from hybridengine.errors import OutputError
+from hybridengine.errors import DataError, OutputError
 from hybridengine.evaluate.evaluator import Evaluator
 from hybridengine.models import load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
@@ -32,17 +32,23 @@ class Predictor:
     Args:
         folder: a run folder.
         methods: method objects, where the run was made with any in Python.
+        data: a `data` section in place of the run's own, for `evaluate`.
 
     Raises:
         OutputError: the folder holds no finished run.
     """
 
-    def __init__(self, folder: str | Path, methods: Sequence[object] = ()) -> None:
+    def __init__(
+        self, folder: str | Path, methods: Sequence[object] = (), data: Mapping[str, Any] | None = None
+    ) -> None:
         self.folder = Path(folder)
         best = self.folder / "best"
         if not (self.folder / "config.yaml").is_file() or not best.is_dir():
             raise OutputError(f"{folder} holds no trained model; give a run folder that has `config.yaml` and `best/`")
-        self.config = load_config(self.folder / "config.yaml")[0]
+        source = read_source(self.folder / "config.yaml")
+        if data is not None:
+            source.values["data"] = dict(data)
+        self.config, self._source = load_config(source.values)
         about = json.loads((best / "hybridengine.json").read_text(encoding="utf-8"))
         adapter = (best / "adapter_config.json").is_file()
         self.run = self._build(best, about, adapter, methods)
@@ -55,13 +61,12 @@ class Predictor:
         if not adapter:
             config.model.name = str(best)
         config.model.tokenizer = str(best)
-        source = load_config(self.folder / "config.yaml")[1]
-        resolved = resolve(config, source, Catalogue(), methods)
-        self._hooks = resolved.hooks()
+        self._resolved = resolve(config, self._source, Catalogue(), methods)
+        self._hooks = self._resolved.hooks()
         run = initial_run(config)
         run.notes.clear()
         run.labels = list(about["labels"])
-        run.task = self._hooks.build("build_task", run, only=resolved.task.name)
+        run.task = self._hooks.build("build_task", run, only=self._resolved.task.name)
         run.model_config = load_model_config(config.model)
         run.tokenizer = self._hooks.build("build_tokenizer", run) or load_tokenizer(config.model)
         build_model(run, self._hooks)
@@ -110,13 +115,17 @@ class Predictor:
                     records[position] = record
         return records
 
-    def evaluate(self, config: Config | None = None) -> dict[str, Any]:
-        """Metrics on the validation and test rows of `config` (the run's own by default)."""
-        config = config or self.config
+    def evaluate(self) -> dict[str, Any]:
+        """Metrics on the validation and test rows.
+
+        Raises:
+            DataError: the rows cannot be read, or have other labels than the model.
+        """
         run = self.run
-        data = resolve(config, load_config(config)[1], Catalogue()).data
-        raw = self._hooks.build("build_data", run, only=data.name)
-        run.splits, run.card = prepare_splits(config.data, run.task, raw or {})
+        trained = run.labels
+        prepare_data(run, self._hooks, self._resolved)
+        if run.labels != trained:
+            raise DataError(f"these rows have the labels {run.labels}, the model was trained for {trained}")
         features: dict[str, list[Feature]] = {}
         for name in ("validation", "test"):
             if name in run.splits:
@@ -128,9 +137,6 @@ class Predictor:
         return {name: evaluator.evaluate(name) for name in features}
 
     def _rows(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
-        from hybridengine.data.checks import row_problem
-        from hybridengine.errors import DataError
-
         role = next(iter(self.run.task.columns))
         columns = {**self.run.task.columns, **self.config.data.columns}
         rows = []

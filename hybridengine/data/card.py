@@ -67,17 +67,20 @@ def _spread(values: Sequence[int]) -> dict[str, int]:
     return dict(zip(("median", "p95", "max"), at, strict=True))
 
 
-def add_token_lengths(card: dict[str, Any], lengths: Mapping[str, Sequence[int]], max_length: int) -> None:
+def add_token_lengths(
+    card: dict[str, Any], lengths: Mapping[str, Sequence[int]], cut: Mapping[str, Sequence[bool]], max_length: int
+) -> None:
     """Add token counts to a card in place.
 
     Args:
         card: a data card.
-        lengths: tokens of each row *before* truncation, by split; splits that the card lacks are ignored.
+        lengths: tokens that were kept of each row, by split; splits that the card lacks are ignored.
+        cut: whether each row lost tokens.
         max_length: tokens that are kept.
     """
     for name, values in lengths.items():
         if name in card["splits"] and len(values):
-            truncated = sum(length > max_length for length in values) / len(values)
+            truncated = sum(cut[name]) / len(values)
             card["splits"][name]["tokens"] = {**_spread(values), "truncated": truncated}
     card["max_length"] = max_length
 

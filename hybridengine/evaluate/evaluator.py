@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hybridengine.batches import Assembler, Sampler, in_order
 from hybridengine.evaluate.statistics import bootstrap_interval
 from hybridengine.plugin.calling import Hooks
 from hybridengine.run import Run
 from hybridengine.seams.context import Context
+from hybridengine.seams.task import Row
 from hybridengine.seams.types import Batch, Draw, Prediction, View
 from hybridengine.stack.compose import evaluation
 
@@ -62,7 +62,7 @@ class Evaluator:
         counts: Counter[str] = Counter()
         lines: list[str] = []
         for draw, batch, prediction in self.predictions(split):
-            rows = [run.splits[split].rows[i] for i in draw.rows]
+            rows = self._rows(split, draw, batch)
             metrics.update(batch, prediction, rows)
             for name, (value, unit) in prediction.terms.items():
                 sums[name] += float(value)
@@ -82,6 +82,14 @@ class Evaluator:
                 file.writelines(f"{line}\n" for line in lines)
         return result
 
+    def _rows(self, split: str, draw: Draw, batch: Batch) -> list[Row]:
+        """The raw rows of a batch; where a draw renumbers the classes, under the names of the model's outputs."""
+        rows: list[Row] = [self._run.splits[split].rows[i] for i in draw.rows]
+        if draw.relabel is None or batch.targets is None:
+            return rows
+        names = [self._run.labels[target] for target in batch.targets.tolist()]
+        return [{**row, "label": name} for row, name in zip(rows, names, strict=True)]
+
     def _sampler(self, split: str) -> Sampler:
         made: Sampler | None = self._hooks.build("build_sampler", self._run, split)
         return made or in_order(self._lengths[split], self._run.config.evaluate.batch_size)
@@ -89,6 +97,6 @@ class Evaluator:
 
 def better(value: float, best: float | None, greater: bool) -> bool:
     """Whether a metric value is an improvement; NaN never is."""
-    if not torch.isfinite(torch.tensor(value)):
+    if not math.isfinite(value):
         return False
     return best is None or (value > best if greater else value < best)

@@ -44,8 +44,9 @@ def test_sources() -> None:
 
 def test_token_lengths() -> None:
     card = data_card({"train": Split("train", [{"text": "a b"}] * 4)}, ["text"])
-    add_token_lengths(card, {"train": [4, 8, 9, 30], "absent": [1]}, 8)
-    assert card["splits"]["train"]["tokens"] == {"median": 8, "p95": 30, "max": 30, "truncated": 0.5}
+    cut = {"train": [False, False, True, True], "absent": [False]}
+    add_token_lengths(card, {"train": [4, 7, 8, 8], "absent": [1]}, cut, 8)
+    assert card["splits"]["train"]["tokens"] == {"median": 7, "p95": 8, "max": 8, "truncated": 0.5}
     assert any("50.0% cut at 8" in line for line in card_lines(card))
 
 
