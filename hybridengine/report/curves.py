@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from hybridengine.report.charts import COMPACT, Chart, Series, line_chart
-from hybridengine.report.read import RunFolder, mapping, number
+from hybridengine.report.read import RunFolder, mapping, number, text
 from hybridengine.report.words import compact, describe_effect, is_share, short_percent, title
 
 __all__ = ["effect_charts", "training_charts"]
 
 _MOST_LINES = 6
 _MOST_EFFECTS = 24
+_MOST_METRICS = 4
 _NAN = float("nan")
+_SIDE = re.compile("micro|precision|recall|rows")
+"""Metrics that follow the others so closely that they would only crowd the chart."""
 
 
 def training_charts(run: RunFolder) -> list[Chart]:
     """Loss and its terms, validation metrics, learning rate, gradient norm, speed: those that were recorded."""
     best = number(mapping(run.summary.get("best")).get("step"))
     validation = [r for r in run.evaluations if r.get("kind") == "validation"]
-    metrics, shares = _metrics(validation)
+    metrics, shares = _metrics(run, validation)
     charts = [
         line_chart("loss", "Loss", _losses(run, validation), marker=best),
         line_chart("metrics", "Validation metrics", metrics, marker=best, show=short_percent if shares else compact),
@@ -57,17 +61,17 @@ def _losses(run: RunFolder, validation: list[dict[str, Any]]) -> list[Series]:
     return lines
 
 
-def _metrics(validation: list[dict[str, Any]]) -> tuple[list[Series], bool]:
-    """Shares of 1 (accuracy, F1, ...) and True; where a task has none, its other metrics but the loss and False."""
+def _metrics(run: RunFolder, validation: list[dict[str, Any]]) -> tuple[list[Series], bool]:
+    """The main metric and a few beside it, all of one scale; and whether that scale is shares of 1."""
     names = dict.fromkeys(
         name for r in validation for name, value in mapping(r.get("metrics")).items() if number(value) is not None
     )
-    shares = [name for name in names if is_share(name)]
-    lines = [
-        Series(title(name), _points(validation, "metrics", name), True)
-        for name in (shares or [name for name in names if name != "loss"])[:_MOST_LINES]
-    ]
-    return lines, bool(shares)
+    main = text(mapping(run.summary.get("best")).get("metric"))
+    shares = is_share(main) if main in names else any(map(is_share, names))
+    alike = [name for name in names if is_share(name) == shares and name != "loss" and not _SIDE.search(name)]
+    chosen = list(dict.fromkeys([name for name in (main,) if name in names] + alike))
+    chosen = chosen[: _MOST_METRICS if shares else 1]
+    return [Series(title(name), _points(validation, "metrics", name), True) for name in chosen], shares
 
 
 def _one(run: RunFolder, name: str, key: str, noisy: bool = True) -> list[Series]:

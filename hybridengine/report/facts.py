@@ -7,12 +7,14 @@ from typing import Any
 
 from hybridengine.report.read import RunFolder, integer, mapping, number, text
 from hybridengine.report.stack import PhaseRow, phase_rows
-from hybridengine.report.words import amount, compact, duration, percent, title
+from hybridengine.report.words import amount, compact, duration, percent, size, title
 
 __all__ = ["SplitCard", "data_notes", "environment", "figures", "split_cards"]
 
 _MOST_LABELS = 20
-_CARD_KEYS = frozenset({"splits", "overlap", "skipped", "carved", "carve_rule", "limit", "inferred", "max_length"})
+_CARD_KEYS = frozenset(
+    {"splits", "overlap", "skipped", "carved", "carve_rule", "limit", "inferred", "max_length", "columns", "source"}
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def data_notes(run: RunFolder) -> list[tuple[str, str]]:
     for name, roles in mapping(card.get("inferred")).items():
         notes.append(("", f"Columns read in {name}: {text(roles)}."))
     notes += [("", f"{title(key)}: {text(value)}.") for key, value in card.items() if key not in _CARD_KEYS and value]
-    if source := text(run.summary.get("data_source")):
+    if source := text(run.summary.get("data_source")) or text(card.get("source")):
         notes.append(("", f"Data: {source}."))
     return notes
 
@@ -126,7 +128,11 @@ def environment(run: RunFolder) -> list[tuple[str, str]]:
         ("Output", text(run.summary.get("output"))),
         ("Device", text(run.summary.get("device"))),
         ("Precision", named or text(run.summary.get("precision"))),
-        *((title(f"planned memory, {key}"), text(value)) for key, value in memory.items()),
+        *(
+            (title(f"{key.removesuffix('_bytes')} memory"), size(value))
+            for key, value in memory.items()
+            if key.endswith("_bytes")
+        ),
         *((name, text(version)) for name, version in mapping(run.summary.get("versions")).items()),
     ]
     return [row for row in rows if row[1]]

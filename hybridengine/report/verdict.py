@@ -144,9 +144,10 @@ def _majority(run: RunFolder, split: str, measured: dict[str, Any]) -> tuple[flo
 
 def _how_it_ended(run: RunFolder, status: str) -> str:
     step, total = last_step(run), integer(run.plan.get("total_steps"))
+    reason = text(run.summary.get("stop_reason"))
     where = "" if step is None else f" after {step:,} of {total:,} steps" if total else f" after {step:,} steps"
     return {
-        "Finished": "The run finished.",
+        "Finished": f"The run finished: {reason.rstrip('.')}." if reason else "The run finished.",
         "Stopped": f"The run was stopped{where}; it can be resumed.",
         "Failed": f"The run failed{where}.",
     }.get(status, f"The run has not finished: it wrote no summary{where}.")

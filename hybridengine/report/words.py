@@ -19,6 +19,7 @@ __all__ = [
     "metric",
     "percent",
     "short_percent",
+    "size",
     "title",
 ]
 
@@ -104,6 +105,18 @@ def amount(value: object) -> str:
         if abs(found) >= size:
             return f"{found / size:.1f} {unit}"
     return f"{found:,.0f}"
+
+
+def size(value: object) -> str:
+    """Bytes as `90.9 MB`."""
+    found = number(value)
+    if found is None:
+        return "–"
+    for unit in ("B", "kB", "MB"):
+        if abs(found) < 1000:
+            return f"{found:.{0 if unit == 'B' else 1}f} {unit}"
+        found /= 1000
+    return f"{found:.1f} GB"
 
 
 def duration(value: object) -> str:

@@ -131,6 +131,8 @@ def test_a_finished_run_says_what_it_reached(finished: Page) -> None:
         "cross_entropy cuda not built: no nvcc was found",
         "Precision fp32 — this CPU has no bf16 instructions",
         "148,226 0.6% of 22.9 M",
+        "Weights memory 91.4 MB Optimizer memory 1.2 MB",
+        "Method Parameters Cost From adamw betas 0.9, 0.999 two numbers a parameter",
         "resume: auto",  # configuration
     ],
 )
@@ -338,7 +340,7 @@ def hostile(word: str) -> dict[str, Any]:
     """A run that carries `word` in every place where a user, a file or a plugin can put one."""
     files = finished_run()
     summary, plan, card = files["summary.json"], files["plan.json"], files["data_card.json"]
-    for key in ("error", "task", "model", "output", "device", "data_source"):
+    for key in ("stop_reason", "error", "task", "model", "output", "device", "data_source"):
         summary[key] = word
     summary["status"] = "failed"
     summary["precision"] = {"name": word, "reason": word}
@@ -365,7 +367,8 @@ def hostile(word: str) -> dict[str, Any]:
     plan["phases"] = [{"start": 0, "active": [word], "passes": f"<{word}", "relative_cost": 1, "sync_points": word}] * 2
     plan["members"] = [{"name": word, "parameters": {word: word}, "cost": word, "distribution": word, "version": word}]
     plan["kernels"] = [{"op": word, "impl": word, "available": False, "reason": word, "chosen": True}]
-    plan["memory"] = {word: word}
+    plan["memory"] = {f"{word}_bytes": 5}
+    plan["members"].append({"name": f"other {word}", "parameters": {word: word}, "cost": word, "version": word})
     card["splits"] = {word: {"rows": 3, "source": word, "labels": {word: 3}, "words": {"median": 1}}}
     card.update(
         {
