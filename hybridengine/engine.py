@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hybridengine import kernels
 from hybridengine.batches import Assembler
 from hybridengine.building import adapt_model, build_model, build_optimizer, initial_run, make_features, prepare_data
 from hybridengine.config import Config, load_config
@@ -15,7 +17,7 @@ from hybridengine.errors import HybridEngineError, OutputError, StackError, Stop
 from hybridengine.estimate import estimate_memory
 from hybridengine.evaluate.evaluator import Evaluator
 from hybridengine.folder import RunFolder
-from hybridengine.models import capabilities_of, load_model_config, load_tokenizer
+from hybridengine.model.loading import capabilities_of, load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.plugin.stacking import StackView
 from hybridengine.predictor import Predictor
@@ -95,6 +97,7 @@ class Engine:
                 raise StackError(problems)
             run.steps_per_epoch, run.total_steps = self._steps()
             self._plan = make_plan(self.config, methods, run.total_steps, "unlabelled" in run.splits)
+            self._plan.kernels = [asdict(row) for row in kernels.explain()]
             self._plan.memory = estimate_memory(run, methods)
         return self
 

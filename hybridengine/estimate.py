@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hybridengine.errors import HybridEngineError
-from hybridengine.models import quiet
+from hybridengine.model.loading import quiet
 from hybridengine.plugin.calling import Hooks
 from hybridengine.plugin.stacking import Method
 from hybridengine.run import Run

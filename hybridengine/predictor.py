@@ -14,7 +14,7 @@ from hybridengine.data.checks import row_problem
 from hybridengine.data.rows import Split
 from hybridengine.errors import DataError, OutputError
 from hybridengine.evaluate.evaluator import Evaluator
-from hybridengine.models import load_model_config, load_tokenizer
+from hybridengine.model.loading import load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.run import Run
 from hybridengine.seams import Feature
@@ -78,7 +78,8 @@ class Predictor:
             self._hooks.notify("on_run_start", run)
         load_best(run, best)
         run.forward_model = run.model
-        run.model.eval().requires_grad_(False)
+        run.freeze_parameter_sets()
+        run.model.eval()
         return run
 
     def _probe(self, run: Run) -> dict[str, Any]:

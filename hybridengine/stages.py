@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridengine.config import Config, load_config
 from hybridengine.folder import RunFolder
-from hybridengine.models import quiet
+from hybridengine.model.loading import quiet
 from hybridengine.predictor import Predictor
 from hybridengine.train.files import replace_folder
 from hybridengine.train.progress import Event, Listener

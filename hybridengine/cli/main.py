@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = typer.main.get_command(app).main(args=words, prog_name="hybridengine", standalone_mode=False)
     except Exception as error:
         sys.exit(failures.report(error, debug))
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _quiet_libraries(debug: bool) -> None:

@@ -1,7 +1,7 @@
 """What a plugin author needs: the hook decorator, traits, parameters; and how plugins are found and called."""
 
 from hybridengine.data.rows import Split
-from hybridengine.depth import parameter_levels
+from hybridengine.model.depth import parameter_levels
 from hybridengine.plugin.catalogue import Catalogue, Listing
 from hybridengine.plugin.hookspecs import HookSpecs, hook
 from hybridengine.plugin.stacking import Method, StackView

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,25 +104,32 @@ class Gradients:
     @contextlib.contextmanager
     def swapped(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Optimised parameters hold `values` inside, and exactly their old bits afterwards, whatever happens."""
-        parameters = self.run.optimised()
-        saved = {name: parameters[name].detach().clone() for name in values}
-        try:
-            with torch.no_grad():
-                for name, value in values.items():
-                    parameters[name].copy_(value)
+        with self._kept(values) as parameters:
+            if parameters:
+                torch._foreach_copy_(parameters, list(values.values()))
             yield
-        finally:
-            with torch.no_grad():
-                for name, value in saved.items():
-                    parameters[name].copy_(value)
 
     @contextlib.contextmanager
     def moved(self, offsets: Mapping[str, Tensor]) -> Iterator[None]:
         """Parameters hold `w + offset` inside; restored from a copy, for subtraction does not restore bits."""
         self.trace.add("W")
-        parameters = self.run.optimised()
-        with self.swapped({k: parameters[k].detach() + o.to(parameters[k].dtype) for k, o in offsets.items()}):
+        with self._kept(offsets) as parameters:
+            if parameters:
+                own = [offset.to(p.dtype) for p, offset in zip(parameters, offsets.values(), strict=True)]
+                torch._foreach_add_(parameters, own)
             yield
+
+    @contextlib.contextmanager
+    def _kept(self, names: Iterable[str]) -> Iterator[list[Tensor]]:
+        """Data of the named parameters, to be changed in place; one copy of them is the only extra memory."""
+        optimised = self.run.optimised()
+        parameters = [optimised[name].detach() for name in names]
+        saved = [parameter.clone() for parameter in parameters]
+        try:
+            yield parameters
+        finally:
+            if saved:
+                torch._foreach_copy_(parameters, saved)
 
     # ---- the update -------------------------------------------------------------------------------------------
 

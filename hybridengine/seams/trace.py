@@ -53,7 +53,7 @@ def cost_of(events: Iterable[Event], rows: int) -> float:
     A gradient (G, H) differentiates the last forward; a backward all forwards since the last one that no gradient
     has taken, e.g. both passes of R-Drop.
     """
-    total, last_rows = 0.0, rows
+    total, last_rows, inner_rows = 0.0, rows, rows
     open_rows: list[int] = []
     for event in events:
         if event.kind in "Ff":
@@ -62,13 +62,14 @@ def cost_of(events: Iterable[Event], rows: int) -> float:
                 last_rows = event.rows
                 open_rows.append(event.rows)
         elif event.kind in "GH":
-            total += COSTS[event.kind] * (open_rows.pop() if open_rows else last_rows)
+            inner_rows = open_rows.pop() if open_rows else last_rows
+            total += COSTS[event.kind] * inner_rows
         elif event.kind in "Bb":
             total += COSTS[event.kind] * sum(open_rows)
             open_rows.clear()
         elif event.kind == "P":
             # Differentiating K inner steps (forward 1 + backward 2 each) twice costs two more of each.
-            total += 6.0 * event.depth * last_rows
+            total += 6.0 * event.depth * inner_rows
     return total / rows
 
 

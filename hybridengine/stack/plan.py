@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -130,7 +130,12 @@ def _phase(start: int, methods: Sequence[Method], events: Sequence[Event], rows:
     counts = summarise(events)
     relative = cost_of(events, rows) / _PLAIN
     active = [m.name for m in methods if m.active(start)]
-    return Phase(start, active, passes_text(events), counts, round(relative, 3), counts.get("B", 0))
+    return Phase(start, active, passes_text(events), counts, round(relative, 3), _sync_points(counts))
+
+
+def _sync_points(counts: Mapping[str, int]) -> int:
+    """How often several processes would have to agree on a gradient: once a step, and once more per weight move."""
+    return max(counts.get("B", 0), counts.get("W", 0) + 1)
 
 
 def passes_text(events: Sequence[Event]) -> str:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybridengine.errors import OutputError
-from hybridengine.models import quiet
+from hybridengine.model.loading import quiet
 from hybridengine.plugin.calling import Hooks
 from hybridengine.run import Run
 from hybridengine.seams.context import Context

@@ -44,6 +44,7 @@ class Checkpoints:
 
     def save(self, run: Run, hooks: Hooks, effects: EffectLog, progress: Progress) -> Path:
         """Write a checkpoint of the present step, then drop the oldest beyond `keep`."""
+        effects.flush()  # what methods reported since the last log line belongs to the checkpoint
         target = self.folder / f"step-{run.step:08d}"
         with replace_folder(target) as staging:
             _write_tensors(staging / "parameters.safetensors", {k: p.detach() for k, p in run.may_optimise.items()})
@@ -52,6 +53,7 @@ class Checkpoints:
             _write_states(staging, run.states)
             trainer = {
                 "step": run.step,
+                "stop_reason": run.stop_reason,
                 "progress": progress.as_dict(),
                 "loss_scale": run.loss_scale.state_dict(),
                 "scheduler": _plain(run.scheduler.state_dict()) if run.scheduler is not None else None,
@@ -90,6 +92,7 @@ class Checkpoints:
         _read_optimizer(path, run.optimizer)
         _read_states(path, run)
         run.step = int(trainer["step"])
+        run.stop_reason = trainer["stop_reason"]
         run.loss_scale.load_state_dict(trainer["loss_scale"])
         if run.scheduler is not None and trainer["scheduler"] is not None:
             run.scheduler.load_state_dict(trainer["scheduler"])

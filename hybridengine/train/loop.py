@@ -98,7 +98,7 @@ class Loop:
         run = self.run
         accumulate = run.config.train.accumulate
         step = run.step
-        while step < run.total_steps:
+        while step < run.total_steps and run.stop_reason is None:  # a resumed run may have stopped early before
             epoch, first = divmod(step, run.steps_per_epoch)
             draws = self.sampler(epoch)
             for start in range(first * accumulate, len(draws), accumulate):

@@ -65,9 +65,8 @@ MUTATIONS = (
     Mutation(
         "restore by subtraction",
         GRADIENTS,
-        "                for name, value in saved.items():\n                    parameters[name].copy_(value)",
-        "                for name, value in saved.items():\n"
-        "                    parameters[name].sub_(values[name].to(value.dtype) - value)",
+        "torch._foreach_copy_(parameters, saved)",
+        "torch._foreach_sub_(parameters, torch._foreach_sub(parameters, saved))",
         "tests/core/test_seams_gradients.py::test_moved_weights_are_restored_to_the_bit",
     ),
     Mutation(

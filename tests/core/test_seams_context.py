@@ -53,7 +53,7 @@ def test_moved_weights_are_not_read_from_a_cast_cache() -> None:
     bench = bench_of(precision=BF16)
     with torch.autocast("cpu", torch.bfloat16):
         before = logits(bench, View()).detach().clone()
-        with bench.ctx.moved({k: torch.full_like(p, 0.05) for k, p in bench.run.perturbed().items()}):
+        with bench.ctx.moved({"classifier.weight": torch.full((3, 32), 0.5)}):  # casts of matrices are what it keeps
             moved = logits(bench, View()).detach().clone()
         after = logits(bench, View()).detach()
     assert not torch.equal(before, moved)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hybridengine.data import label_order
 from hybridengine.testing.models import tiny_tokenizer
-from hybridengine.tokens import blocks, padded, special_ids, to_side, tokenise
+from hybridengine.text.tokens import blocks, padded, special_ids, to_side, tokenise
 
 rows = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6), min_size=1, max_size=4)
 
@@ -42,10 +42,10 @@ def test_unknown_is_special_only_where_it_has_another_role():
 
 
 def test_positions_that_a_model_counts_itself_are_left_to_it():
-    from hybridengine_plugins.tasks.token_classification import TokenClassification
     from transformers import AutoModelForTokenClassification, RobertaConfig
 
     from hybridengine.testing.tasks import set_up_task
+    from hybridengine_plugins.tasks.token_classification import TokenClassification
 
     data = [{"tokens": ["mary", "visited", "london"], "tags": ["B", "O", "B"]}, {"tokens": ["a"], "tags": ["O"]}]
     found = []

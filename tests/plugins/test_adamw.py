@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hybridengine_plugins.optim.adamw import AdamW
 from torch import nn
 
 from hybridengine.plugin import ParamGroup
 from hybridengine.testing import make_batch, set_up, tiny_bert
+from hybridengine_plugins.optim.adamw import AdamW
 
 
 def _run(**train):

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.regularize.class_weights import ClassWeights
-from hybridengine_plugins.regularize.label_smoothing import LabelSmoothing
 from plain import EXACT, Plain, apart, bert, check_accumulation, check_loss_scale, check_padding, gradients, match
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +15,8 @@ from hybridengine.errors import ConfigError
 from hybridengine.plugin import Run, Split
 from hybridengine.seams import Batch
 from hybridengine.testing import SimpleTask, make_batch, set_up, tiny_bert
+from hybridengine_plugins.regularize.class_weights import ClassWeights
+from hybridengine_plugins.regularize.label_smoothing import LabelSmoothing
 
 
 def trained_on(labels: Sequence[Any], role: str = "label") -> Any:

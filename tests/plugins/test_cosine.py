@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from hybridengine_plugins.optim.cosine import Cosine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rates import check_groups_and_resume, check_warmup, rates
+
+from hybridengine_plugins.optim.cosine import Cosine
 
 
 @settings(max_examples=30, deadline=None)

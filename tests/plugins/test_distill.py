@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.freelb import FreeLB
-from hybridengine_plugins.adversarial.sam import SAM
-from hybridengine_plugins.regularize.distill import Distill
 from plain import (
     EXACT,
     Plain,
@@ -28,6 +25,9 @@ from hybridengine.plugin import Run
 from hybridengine.seams import Batch
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import make_batch, set_up, tiny_bert
+from hybridengine_plugins.adversarial.freelb import FreeLB
+from hybridengine_plugins.adversarial.sam import SAM
+from hybridengine_plugins.regularize.distill import Distill
 
 
 def teacher(**config: Any) -> Any:

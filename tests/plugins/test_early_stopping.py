@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from hybridengine_plugins.optim.early_stopping import EarlyStopping
 
 from hybridengine.errors import ConfigError
 from hybridengine.testing import make_batch, set_up, tiny_bert
+from hybridengine_plugins.optim.early_stopping import EarlyStopping
 
 
 def _run():

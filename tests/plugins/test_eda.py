@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.data.eda import EDA, augment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from hybridengine.errors import DataError, StackError
 from hybridengine.plugin import Run, Split
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.testing import tiny_config
+from hybridengine_plugins.data.eda import EDA, augment
 
 SYNONYMS = {"good": ["fine", "great"], "film": ["movie"]}
 TEXTS = st.lists(st.sampled_from(["Good", "film,", "bad", "(film)", "x", "the", "很好"]), min_size=1, max_size=12).map(

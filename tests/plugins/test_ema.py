@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.sam import SAM
-from hybridengine_plugins.regularize.ema import EMA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import EXACT, LR, apart, bert, gradients
@@ -13,6 +11,8 @@ from torch import Tensor
 
 from hybridengine.seams import View
 from hybridengine.testing import Bench, make_batch, set_up, tiny_bert
+from hybridengine_plugins.adversarial.sam import SAM
+from hybridengine_plugins.regularize.ema import EMA
 
 
 def trained(decay: float, steps: int) -> tuple[Bench, list[dict[str, Tensor]]]:

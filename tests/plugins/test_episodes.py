@@ -6,9 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hybridengine_plugins.meta.episodes import Episodes
-from hybridengine_plugins.meta.maml import MAML
-from hybridengine_plugins.tasks.text_classification import TextClassification
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +15,9 @@ from hybridengine.plugin import Split
 from hybridengine.seams import View
 from hybridengine.stack.compose import evaluation
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_tokenizer
+from hybridengine_plugins.meta.episodes import Episodes
+from hybridengine_plugins.meta.maml import MAML
+from hybridengine_plugins.tasks.text_classification import TextClassification
 
 MODEL = tiny_bert(num_labels=3)
 

@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hybridengine_plugins.adversarial.fgm import FGM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import (
@@ -30,6 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hybridengine.seams import Batch, sequence_norms
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import SimpleTask, make_batch, set_up, tiny_bert, tiny_t5
+from hybridengine_plugins.adversarial.fgm import FGM
 
 
 def reference(epsilon: float, weight: float, norm: str = "l2") -> Any:

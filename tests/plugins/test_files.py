@@ -10,10 +10,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hybridengine_plugins.data.files import Files
 
 from hybridengine.errors import DataError
 from hybridengine.plugin import Split
+from hybridengine_plugins.data.files import Files
 
 ROWS = [{"text": f"text {i}", "label": ["bad", "good"][i % 2]} for i in range(6)]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.freelb import FreeLB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import (
@@ -28,6 +27,7 @@ from torch import Tensor
 from hybridengine.seams import Batch, KeyedRows, sequence_norms
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import SimpleTask, make_batch, set_up, tiny_t5
+from hybridengine_plugins.adversarial.freelb import FreeLB
 
 SITE = "bert.embeddings.word_embeddings"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hybridengine_plugins.adapters.freeze import Freeze
-from hybridengine_plugins.adapters.full import Full
-from hybridengine_plugins.adapters.lora import LoRA
 
 from hybridengine.errors import ModelError
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_gpt2
+from hybridengine_plugins.adapters.freeze import Freeze
+from hybridengine_plugins.adapters.full import Full
+from hybridengine_plugins.adapters.lora import LoRA
 
 
 def _moved(bench):

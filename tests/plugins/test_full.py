@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from hybridengine_plugins.adapters.freeze import Freeze
-from hybridengine_plugins.adapters.full import Full
-from hybridengine_plugins.adapters.lora import LoRA
 
 from hybridengine.stack import check_stack
 from hybridengine.stack.resolve import as_method
 from hybridengine.testing import make_batch, set_up, tiny_bert
+from hybridengine_plugins.adapters.freeze import Freeze
+from hybridengine_plugins.adapters.full import Full
+from hybridengine_plugins.adapters.lora import LoRA
 
 
 def test_every_parameter_trains_even_of_a_frozen_model():

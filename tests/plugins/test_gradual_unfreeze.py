@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hybridengine_plugins.adapters.gradual_unfreeze import GradualUnfreeze
-from hybridengine_plugins.adapters.lora import LoRA
 
 from hybridengine.testing import make_batch, set_up, tiny_bert
+from hybridengine_plugins.adapters.gradual_unfreeze import GradualUnfreeze
+from hybridengine_plugins.adapters.lora import LoRA
 
 BATCH = make_batch()
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.pgd import PGD
-from hybridengine_plugins.regularize.label_smoothing import LabelSmoothing
 from plain import EXACT, Plain, apart, bert, check_accumulation, check_loss_scale, check_padding, gradients, match
 from torch import Tensor
 from torch.nn import functional
 
 from hybridengine.seams import Batch, Context, Out, Term, View
 from hybridengine.testing import SimpleTask, make_batch, set_up, tiny_bert
+from hybridengine_plugins.adversarial.pgd import PGD
+from hybridengine_plugins.regularize.label_smoothing import LabelSmoothing
 
 
 def reference(smoothing: float) -> Any:

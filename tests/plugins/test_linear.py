@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hybridengine_plugins.optim.linear import Linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rates import check_groups_and_resume, check_warmup, rates
+
+from hybridengine_plugins.optim.linear import Linear
 
 
 @settings(max_examples=30, deadline=None)

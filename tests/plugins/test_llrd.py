@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hybridengine_plugins.adapters.lora import LoRA
-from hybridengine_plugins.optim.llrd import LLRD
-from hybridengine_plugins.optim.weight_decay import WeightDecay
 from torch import nn
 
 from hybridengine.errors import ModelError
 from hybridengine.plugin import ParamGroup, parameter_levels
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from hybridengine_plugins.adapters.lora import LoRA
+from hybridengine_plugins.optim.llrd import LLRD
+from hybridengine_plugins.optim.weight_decay import WeightDecay
 
 
 def _run(model, plugins=(), kind="rows"):

@@ -6,8 +6,6 @@ import copy
 
 import pytest
 import torch
-from hybridengine_plugins.adapters.full import Full
-from hybridengine_plugins.adapters.lora import LoRA
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
 
 from hybridengine.errors import ModelError
@@ -15,6 +13,8 @@ from hybridengine.seams import View
 from hybridengine.stack import check_stack
 from hybridengine.stack.resolve import as_method
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_checkpoint, tiny_gpt2, tiny_llama, tiny_t5
+from hybridengine_plugins.adapters.full import Full
+from hybridengine_plugins.adapters.lora import LoRA
 
 BATCH = make_batch()
 MODELS = {
@@ -105,7 +105,7 @@ def test_a_saved_adapter_loads_with_peft_alone(tmp_path):
 def test_what_the_checkpoint_lacks_is_trained_and_saved(tmp_path):
     """A masked LM's checkpoint has no pooler: its random start must not be lost, or the adapter would not load."""
     from hybridengine.config import ModelConfig
-    from hybridengine.models import load_model
+    from hybridengine.model.loading import load_model
 
     folder = tiny_checkpoint(tmp_path / "base", "bert", "AutoModelForMaskedLM")
     load = ("AutoModelForSequenceClassification", ModelConfig(name=str(folder)), {"num_labels": 3})

@@ -6,10 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.meta.episodes import Episodes
-from hybridengine_plugins.meta.maml import MAML
-from hybridengine_plugins.tasks.text_classification import TextClassification
 from quadratic import SIZE, Quadratic, QuadraticTask, episode, matrix
 from torch.func import functional_call
 from torch.nn import functional
@@ -18,6 +14,10 @@ from hybridengine.errors import ConfigError
 from hybridengine.stack.plan import make_plan
 from hybridengine.stack.resolve import as_method
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_config, tiny_llama
+from hybridengine_plugins.adversarial.fgm import FGM
+from hybridengine_plugins.meta.episodes import Episodes
+from hybridengine_plugins.meta.maml import MAML
+from hybridengine_plugins.tasks.text_classification import TextClassification
 
 A, START = matrix(), torch.linspace(-1, 1, SIZE, dtype=torch.float64)
 EYE = torch.eye(SIZE, dtype=torch.float64)

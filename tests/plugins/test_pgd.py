@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.adversarial.pgd import PGD
-from hybridengine_plugins.regularize.rdrop import RDrop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import (
@@ -30,6 +27,9 @@ from torch import Tensor
 from hybridengine.seams import Batch, sequence_norms
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import make_batch, set_up
+from hybridengine_plugins.adversarial.fgm import FGM
+from hybridengine_plugins.adversarial.pgd import PGD
+from hybridengine_plugins.regularize.rdrop import RDrop
 
 
 def reference(epsilon: float, step_size: float, steps: int, norm: str = "l2") -> Any:

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.regularize.rdrop import RDrop
 from plain import (
     EXACT,
     Plain,
@@ -29,6 +27,8 @@ from hybridengine.seams.trace import cost_of
 from hybridengine.stack import check_stack
 from hybridengine.stack.resolve import as_method
 from hybridengine.testing import SimpleTask, make_batch, set_up, tiny_bert
+from hybridengine_plugins.adversarial.fgm import FGM
+from hybridengine_plugins.regularize.rdrop import RDrop
 
 
 def reference(alpha: float) -> Any:

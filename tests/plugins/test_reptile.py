@@ -6,9 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.meta.episodes import Episodes
-from hybridengine_plugins.meta.reptile import Reptile
 from quadratic import SIZE, Quadratic, QuadraticTask, episode, matrix
 
 from hybridengine.errors import ConfigError
@@ -16,6 +13,9 @@ from hybridengine.stack import check_stack
 from hybridengine.stack.plan import make_plan
 from hybridengine.stack.resolve import as_method
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_config
+from hybridengine_plugins.adversarial.fgm import FGM
+from hybridengine_plugins.meta.episodes import Episodes
+from hybridengine_plugins.meta.reptile import Reptile
 
 A, START = matrix(1), torch.linspace(-1, 1, SIZE, dtype=torch.float64)
 

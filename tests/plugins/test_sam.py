@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.adversarial.sam import SAM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import (
@@ -31,6 +29,8 @@ from hybridengine.seams import Batch, Context, Out, View
 from hybridengine.seams.precision import Precision
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import SimpleTask, make_batch, set_up, tiny_bert
+from hybridengine_plugins.adversarial.fgm import FGM
+from hybridengine_plugins.adversarial.sam import SAM
 
 
 def reference(rho: float, eta: float | None = None) -> Any:

@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hybridengine_plugins.tasks.language_modeling import LanguageModeling, split_rows
-from hybridengine_plugins.tasks.masked_language_modeling import MaskedLanguageModeling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +16,8 @@ from hybridengine.plugin import Split
 from hybridengine.seams import View
 from hybridengine.testing.models import WORDS, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
 from hybridengine.testing.tasks import TaskBench, set_up_task
+from hybridengine_plugins.tasks.language_modeling import LanguageModeling, split_rows
+from hybridengine_plugins.tasks.masked_language_modeling import MaskedLanguageModeling
 
 ROWS = [{"text": "a good movie about london"}, {"text": "dull"}, {"text": "the cat and the dog visited mary in berlin"}]
 CAUSAL = {"gpt2": tiny_gpt2, "llama": tiny_llama}

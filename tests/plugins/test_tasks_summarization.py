@@ -7,7 +7,6 @@ import importlib.util
 
 import pytest
 import torch
-from hybridengine_plugins.tasks.summarization import Summarization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
@@ -16,6 +15,7 @@ from hybridengine.errors import ConfigError, DataError
 from hybridengine.seams import View
 from hybridengine.testing.models import WORDS, tiny_t5, tiny_tokenizer
 from hybridengine.testing.tasks import TaskBench, set_up_task
+from hybridengine_plugins.tasks.summarization import Summarization
 
 ROWS = [
     {"text": "mary visited london with a good friend", "summary": "mary in london"},

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from hybridengine_plugins.tasks.text_classification import TextClassification
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
@@ -17,6 +16,7 @@ from hybridengine.errors import ConfigError, DataError, ModelError
 from hybridengine.seams import View
 from hybridengine.testing.models import WORDS, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
 from hybridengine.testing.tasks import TaskBench, set_up_task
+from hybridengine_plugins.tasks.text_classification import TextClassification
 
 AUTO = TextClassification.auto_class
 ROWS = [

@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from hybridengine_plugins.tasks.token_classification import TokenClassification
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score, precision_score, recall_score
@@ -16,6 +15,7 @@ from torch.nn import functional
 from hybridengine.seams import View
 from hybridengine.testing.models import tiny_bert, tiny_llama, tiny_tokenizer
 from hybridengine.testing.tasks import TaskBench, set_up_task
+from hybridengine_plugins.tasks.token_classification import TokenClassification
 
 AUTO = TokenClassification.auto_class
 TAGS = ["B-LOC", "B-PER", "I-PER", "O"]

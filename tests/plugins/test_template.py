@@ -7,15 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hybridengine_plugins.adapters.lora import LoRA
-from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.meta.episodes import Episodes
-from hybridengine_plugins.prompts.template import Template
-from hybridengine_plugins.tasks.text_classification import TextClassification
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridengine.branches import Branches
 from hybridengine.errors import ConfigError, ModelError
 from hybridengine.plugin import Split, StackView
 from hybridengine.seams import View
@@ -23,6 +17,12 @@ from hybridengine.stack import check_stack
 from hybridengine.stack.plan import make_plan
 from hybridengine.stack.resolve import as_method
 from hybridengine.testing import WORDS, make_batch, set_up, tiny_checkpoint, tiny_config, tiny_tokenizer
+from hybridengine.text.branches import Branches
+from hybridengine_plugins.adapters.lora import LoRA
+from hybridengine_plugins.adversarial.fgm import FGM
+from hybridengine_plugins.meta.episodes import Episodes
+from hybridengine_plugins.prompts.template import Template
+from hybridengine_plugins.tasks.text_classification import TextClassification
 
 VERBALIZER = {"bad": "terrible", "good": "great", "mixed": "fine"}
 ROWS = [
@@ -216,9 +216,8 @@ def test_repeating_a_word_does_not_favour_its_class(folders):
     text=st.sampled_from(["{text} it was [MASK].", "[MASK]: {text}", "{text_pair}? [MASK], {text} it was"]),
 )
 def test_masks_and_template_survive_every_truncation(words, pair, limit, label_word, text):
+    from hybridengine.text.cloze import Cloze
     from hybridengine_plugins.prompts.template import _PIECES
-
-    from hybridengine.cloze import Cloze
 
     tokenizer = tiny_tokenizer()
     cloze = Cloze(tokenizer, [p for p in _PIECES.split(text) if p], [["good"], [label_word]], masked=True)

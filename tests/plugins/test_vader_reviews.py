@@ -11,12 +11,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hybridengine_plugins.data.vader_reviews import VaderReviews, read_ratings, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridengine.errors import DataError
 from hybridengine.testing import tiny_config
+from hybridengine_plugins.data.vader_reviews import VaderReviews, read_ratings, recipe
 
 MOVIES, PRODUCTS = "movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt"
 FILES = {

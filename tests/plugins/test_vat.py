@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.adversarial.vat import VAT
-from hybridengine_plugins.regularize.rdrop import RDrop
 from plain import (
     EXACT,
     Plain,
@@ -31,6 +28,9 @@ from hybridengine.seams import Batch, Context, KeyedRows, View, kl_rows
 from hybridengine.seams.precision import Precision
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import make_batch, set_up, tiny_bert
+from hybridengine_plugins.adversarial.fgm import FGM
+from hybridengine_plugins.adversarial.vat import VAT
+from hybridengine_plugins.regularize.rdrop import RDrop
 
 SITE = "bert.embeddings.word_embeddings"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hybridengine_plugins.optim.adamw import AdamW
-from hybridengine_plugins.optim.weight_decay import WeightDecay
 
 from hybridengine.plugin import ParamGroup
 from hybridengine.testing import make_batch, set_up, tiny_bert
+from hybridengine_plugins.optim.adamw import AdamW
+from hybridengine_plugins.optim.weight_decay import WeightDecay
 
 
 def test_only_matrices_shrink_without_gradients():

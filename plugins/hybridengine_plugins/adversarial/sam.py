@@ -15,6 +15,8 @@ from hybridengine.seams import Context, Work
 
 __all__ = ["SAM"]
 
+_MEASURE_EVERY = 10  # steps between measurements of the norm, each a pass over all weights
+
 
 @dataclass(eq=False)
 class SAM:
@@ -38,7 +40,7 @@ class SAM:
         order=Band.WEIGHT_PERTURBATION,
         slots=("weight_perturbation",),
         effect="perturbation_norm",
-        cost="the inner passes twice, and two copies of the trainable weights; 2x a plain step",
+        cost="the inner passes twice, and a copy of the trainable weights beside their gradient; 2x a plain step",
         paper="Foret et al.: Sharpness-Aware Minimization, ICLR 2021; Kwon et al.: ASAM, ICML 2021",
         combines="lora, ema, rdrop; it doubles the cost of an embedding attack; not with another weight perturbation",
     )
@@ -61,17 +63,21 @@ class SAM:
         del gradient
         with ctx.moved(offsets):
             there = inner(ctx, works)
-        norm = torch.nn.utils.get_total_norm(list(offsets.values()))
-        ctx.report(self, perturbation_norm=norm, loss_gain=sum(there.values()) - sum(terms.values()))
+        ctx.report(self, loss_gain=sum(there.values()) - sum(terms.values()))
+        if ctx.run.step % _MEASURE_EVERY == 0:
+            ctx.report(self, perturbation_norm=torch.nn.utils.get_total_norm(list(offsets.values())))
         return terms
 
     def _offsets(self, ctx: Context, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """e by name, made in place of the gradient: its memory is needed no more once e is known."""
         weights = ctx.run.perturbed()
-        chosen = {name: g for name, g in gradient.items() if name in weights}
-        size = {name: weights[name].detach().abs() + self.eta for name in chosen} if self.adaptive else {}
-        scaled = {name: size[name] * g for name, g in chosen.items()} if self.adaptive else chosen
-        norm = float(torch.nn.utils.get_total_norm(list(scaled.values()))) if scaled else 0.0
+        moved = {name: g for name, g in gradient.items() if name in weights}
+        size = [weights[name].detach().abs() + self.eta for name in moved] if self.adaptive else []
+        measured = torch._foreach_mul(size, list(moved.values())) if size else list(moved.values())
+        norm = float(torch.nn.utils.get_total_norm(measured)) if measured else 0.0
         if not (norm > 0 and math.isfinite(norm)):
             return {}
-        factor = self.rho / norm
-        return {name: factor * (size[name] * g if self.adaptive else g) for name, g in scaled.items()}
+        if size:
+            moved = dict(zip(moved, torch._foreach_mul(measured, size), strict=True))
+        torch._foreach_mul_(list(moved.values()), self.rho / norm)
+        return moved

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hybridengine.cloze import Cloze
 from hybridengine.errors import ConfigError, ModelError, did_you_mean
-from hybridengine.models import load_model, load_model_config
+from hybridengine.model import load_model, load_model_config
 from hybridengine.plugin import Run, StackView, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Row
-from hybridengine.tokens import usable_length
+from hybridengine.text import Cloze, usable_length
 
 __all__ = ["Template"]
 

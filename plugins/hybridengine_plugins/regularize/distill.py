@@ -24,8 +24,8 @@ class Distill:
         loss = (1 - alpha) CE + alpha T^2 KL(softmax(teacher / T) || softmax(student / T))
 
     T^2 keeps the gradient's size independent of the temperature T. The teacher is frozen, sees clean inputs without
-    dropout, and is evaluated once per micro-batch however many passes the stack makes. Token tasks take each row's
-    mean over its scored tokens.
+    dropout, and is evaluated once per micro-batch however many passes the stack makes (but anew for each doubled
+    batch of an outer rdrop). Token tasks take each row's mean over its scored tokens.
 
     Hooks: `on_run_start`, `wrap_loss`. Defaults: alpha 0.5, temperature 2, the middle of the published range.
     """

@@ -13,7 +13,7 @@ from hybridengine import kernels
 from hybridengine.evaluate import LossMetrics, check_metric
 from hybridengine.plugin import Run, Split, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
-from hybridengine.tokens import blocks, head_patterns, padded_inputs, set_pad_token, tokenise, usable_length
+from hybridengine.text import blocks, head_patterns, padded_inputs, set_pad_token, tokenise, usable_length
 
 __all__ = ["LanguageModeling"]
 

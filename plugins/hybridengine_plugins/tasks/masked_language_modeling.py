@@ -14,7 +14,7 @@ from hybridengine.errors import ModelError
 from hybridengine.evaluate import LossMetrics, check_metric
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
-from hybridengine.tokens import (
+from hybridengine.text import (
     head_patterns,
     padded_inputs,
     set_pad_token,

@@ -14,7 +14,7 @@ from hybridengine.errors import DataError, ModelError
 from hybridengine.evaluate import RougeMetrics, check_metric, check_rouge
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
-from hybridengine.tokens import (
+from hybridengine.text import (
     base_model,
     head_patterns,
     padded,

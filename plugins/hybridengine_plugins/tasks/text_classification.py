@@ -16,7 +16,7 @@ from hybridengine.errors import DataError
 from hybridengine.evaluate import ClassificationMetrics, check_metric
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
-from hybridengine.tokens import head_patterns, padded_inputs, set_pad_token, tokenise, usable_length
+from hybridengine.text import head_patterns, padded_inputs, set_pad_token, tokenise, usable_length
 
 __all__ = ["TextClassification"]
 
@@ -175,13 +175,18 @@ class TextClassification:
         """Texts, label, prediction, probabilities by label, and whether the prediction is correct."""
         if prediction.scores is None:
             return
-        for row, scores in zip(rows, prediction.scores.tolist(), strict=True):
-            names: Any = sorted(self._names(row), key=run.labels.index)
-            guess: Any = [label for label, score in zip(run.labels, scores, strict=True) if score >= 0.5]
-            if not self.multi_label:
-                names, guess = (names or [None])[0], run.labels[max(range(len(scores)), key=scores.__getitem__)]
+        # Targets, not the rows' own labels: episodes relabel their classes.
+        targets = [None] * len(rows) if batch.targets is None else batch.targets.tolist()
+        for row, scores, target in zip(rows, prediction.scores.tolist(), targets, strict=True):
+            names: Any = None
+            if self.multi_label:
+                guess: Any = [label for label, score in zip(run.labels, scores, strict=True) if score >= 0.5]
+                names = [label for label, on in zip(run.labels, target or (), strict=False) if on]
+            else:
+                guess = run.labels[max(range(len(scores)), key=scores.__getitem__)]
+                names = None if target is None else run.labels[target]
             record = {role: row[role] for role in ("text", "text_pair") if row.get(role) is not None}
-            if row.get("label") is not None:
+            if target is not None:
                 record.update(label=names, correct=names == guess)
             probabilities = {label: round(score, 6) for label, score in zip(run.labels, scores, strict=True)}
             yield {**record, "prediction": guess, "probabilities": probabilities}

@@ -15,7 +15,7 @@ from hybridengine.errors import DataError
 from hybridengine.evaluate import SpanMetrics, check_metric, word_tags
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
-from hybridengine.tokens import head_patterns, padded, padded_inputs, set_pad_token, tokenise, usable_length
+from hybridengine.text import head_patterns, padded, padded_inputs, set_pad_token, tokenise, usable_length
 
 __all__ = ["TokenClassification"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridengine.branches import Branches
 from hybridengine.errors import ConfigError
 from hybridengine.seams.task import Feature, Row
 from hybridengine.seams.types import Batch
-from hybridengine.tokens import special_ids
+from hybridengine.text.branches import Branches
+from hybridengine.text.tokens import special_ids
 
 __all__ = ["Cloze"]
 

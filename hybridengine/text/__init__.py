@@ -1,0 +1,31 @@
+"""Text to tensors: tokenising, padding, templates with masks."""
+
+from hybridengine.text.cloze import Cloze
+from hybridengine.text.tokens import (
+    accepts,
+    base_model,
+    blocks,
+    head_patterns,
+    padded,
+    padded_inputs,
+    set_pad_token,
+    special_ids,
+    to_side,
+    tokenise,
+    usable_length,
+)
+
+__all__ = [
+    "Cloze",
+    "accepts",
+    "base_model",
+    "blocks",
+    "head_patterns",
+    "padded",
+    "padded_inputs",
+    "set_pad_token",
+    "special_ids",
+    "to_side",
+    "tokenise",
+    "usable_length",
+]
