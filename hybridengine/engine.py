@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ class Engine:
                 raise StackError(problems)
             run.steps_per_epoch, run.total_steps = self._steps()
             self._plan = make_plan(self.config, methods, run.total_steps, "unlabelled" in run.splits)
-            self._plan.kernels = [asdict(row) for row in kernels.explain()]
+            self._plan.kernels = [row._asdict() for row in kernels.explain()]
             self._plan.memory = estimate_memory(run, methods)
         return self
 
