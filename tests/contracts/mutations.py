@@ -138,7 +138,7 @@ MUTATIONS = (
         PGD,
         "epsilon=self.epsilon, norm=self.norm",
         "epsilon=None, norm=self.norm",
-        "tests/plugins/test_pgd.py::test_stays_in_the_ball",
+        "tests/plugins/test_pgd.py::test_matches_the_paper[0.5-0.4-3-l2]",
         fast=True,
     ),
     Mutation(
