@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import nn
 from hybridengine.config import Config, ModelConfig
 from hybridengine.data.card import add_token_lengths
 from hybridengine.data.prepare import prepare_splits
-from hybridengine.errors import ConfigError, DataError, ModelError, StackError
+from hybridengine.errors import ConfigError, DataError, HybridEngineError, ModelError, StackError
 from hybridengine.evaluate.metrics import check_metric, greater_is_better
-from hybridengine.model.loading import capabilities_of, choose_device, load_model
+from hybridengine.model.loading import capabilities_of, choose_device, load_model, load_model_config
 from hybridengine.plugin.calling import Hooks
 from hybridengine.run import ParamGroup, Run
 from hybridengine.seams.precision import choose_precision
@@ -21,7 +22,15 @@ from hybridengine.seams.task import Feature
 from hybridengine.stack.resolve import Resolved
 from hybridengine.stack.rules import NEEDS
 
-__all__ = ["adapt_model", "build_model", "build_optimizer", "initial_run", "make_features", "prepare_data"]
+__all__ = [
+    "adapt_model",
+    "build_model",
+    "build_optimizer",
+    "capabilities",
+    "initial_run",
+    "make_features",
+    "prepare_data",
+]
 
 
 def initial_run(config: Config) -> Run:
@@ -49,32 +58,62 @@ def prepare_data(run: Run, hooks: Hooks, resolved: Resolved) -> None:
     run.splits = hooks.transform("transform_data", run, run.splits, expect=dict)
 
 
+def capabilities(run: Run) -> set[str]:
+    """What configuration, task, data and model provide to methods, before the model is loaded."""
+    have = capabilities_of(run.model_config)
+    if run.labels:
+        have.add("labels")
+    if "text" in run.task.columns:
+        have.add("text")
+    if "unlabelled" in run.splits:
+        have.add("unlabelled")
+    if not run.config.train.checkpointing:
+        have.add("functional")
+    return have
+
+
 def build_model(run: Run, hooks: Hooks) -> None:
     """Load the model through `build_model`, or by the task's own class."""
-    model: Any = hooks.build("build_model", run)
+    model: Any = hooks.build("build_model", run, expect=nn.Module)
     if model is None:
         options = run.task.model_options(run)
         model, missing = load_model(run.task.auto_class, run.config.model, options, seed=run.seed)
         run.missing_parameters = missing
+        _refuse_foreign_weights(run, model, missing)
         if missing:
             run.say(f"{run.config.model.name} has no weights for {', '.join(missing)}; they start from random values")
     model = run.task.configure(run, model)
     if run.config.train.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ConfigError(f"train.checkpointing: {type(model).__name__} does not support it; set it to false")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it; both default to the non-reentrant kind, which `ctx.grad` needs.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     run.model = model
+    run.modules.clear()  # of an adaptation that failed
+    run.static_modules.clear()
     run.load_model = lambda name: _second_model(run, name)
+
+
+def _refuse_foreign_weights(run: Run, model: nn.Module, missing: list[str]) -> None:
+    """A new head starts from random values; a model of which most does was not loaded at all."""
+    names = [name for name, _ in model.named_parameters()]
+    if len(missing) > len(names) / 2:
+        raise ModelError(
+            f"{run.config.model.name}: {len(missing)} of the model's {len(names)} parameters, such as {missing[0]}, are"
+            " not in its weights or have another shape; config.json and the weights belong to different models"
+        )
 
 
 def _second_model(run: Run, name: str) -> nn.Module:
     """A teacher: a model folder, or the `best/` of a run folder, for the same task."""
-    from pathlib import Path
-
     best = Path(name) / "best"
-    source = str(best) if best.is_dir() else name
+    source = ModelConfig(name=str(best) if best.is_dir() else name)
+    names = list((load_model_config(source).id2label or {}).values())
+    if run.labels and names != run.labels:
+        raise ModelError(f"{name} cannot teach: its labels are {names[:8]}, this run's are {run.labels[:8]}, in order")
     options = run.task.model_options(run)
-    teacher, missing = load_model(run.task.auto_class, ModelConfig(name=source), options, seed=run.seed)
+    teacher, missing = load_model(run.task.auto_class, source, options, seed=run.seed, key="teacher")
     if missing:
         raise ModelError(
             f"{name} cannot teach: it has no weights for {', '.join(missing[:3])}; give a model that was trained on"
@@ -87,7 +126,16 @@ def adapt_model(run: Run, hooks: Hooks) -> None:
     """Apply adapters, find the embedding sites, compile, add run modules, fix the parameter sets."""
     run.model = hooks.transform("transform_model", run, run.model, expect=nn.Module).to(run.device)
     probe = _probe_batch(run)
-    run.sites = Sites(run.model, probe)
+    try:
+        run.sites = Sites(run.model, probe)
+    except HybridEngineError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{run.config.model.name}: a forward pass over two training rows fails ({type(error).__name__}: {first});"
+            f" task {run.config.task_entry[0]!r} and this model or its tokenizer do not fit"
+        ) from error
     if run.config.train.checkpointing:
         _refuse_checkpointed_sites(run)
     hooks.notify("on_run_start", run)
@@ -136,10 +184,27 @@ def make_features(run: Run, hooks: Hooks) -> dict[str, list[Feature]]:
     for name, split in run.splits.items():
         made = hooks.build("build_features", run, split.rows)
         features[name] = run.task.features(run, split.rows) if made is None else made
+    _check_vocabulary(run, features)
     lengths = {name: [f["length"] for f in made] for name, made in features.items()}
     cut = {name: [bool(f.get("truncated")) for f in made] for name, made in features.items()}
     add_token_lengths(run.card, lengths, cut, run.config.train.max_length)
     return features
+
+
+def _check_vocabulary(run: Run, features: dict[str, list[Feature]]) -> None:
+    """A tokenizer of another model makes ids that this model has no embedding for."""
+    try:
+        known = run.model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return
+    for name, made in features.items():
+        for index, feature in enumerate(made):
+            highest = max(feature["input_ids"], default=0)
+            if highest >= known:
+                raise ModelError(
+                    f"{run.splits[name].where(index)}: token id {highest}, but {run.config.model.name} has {known}"
+                    " token embeddings; set model.tokenizer to the tokenizer that belongs to the model"
+                )
 
 
 def build_optimizer(run: Run, hooks: Hooks) -> None:
@@ -151,7 +216,7 @@ def build_optimizer(run: Run, hooks: Hooks) -> None:
             "the parameter groups do not hold every optimised parameter exactly once; check the methods"
             " that implement transform_param_groups"
         )
-    run.optimizer = hooks.build("build_optimizer", run, groups)
+    run.optimizer = hooks.build("build_optimizer", run, groups, expect=torch.optim.Optimizer)
     if run.optimizer is None:
         raise StackError("no method builds an optimizer; name one, e.g. adamw")
-    run.scheduler = hooks.build("build_scheduler", run, run.optimizer)
+    run.scheduler = hooks.build("build_scheduler", run, run.optimizer, expect=torch.optim.lr_scheduler.LRScheduler)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hybridengine.data import SPLITS, read_rows
-from hybridengine.data.reading import SUFFIXES, columns_to_rows
+from hybridengine.data import SPLITS, SUFFIXES, columns_to_rows, read_rows
 from hybridengine.errors import DataError
 from hybridengine.plugin import Run, Split, Traits, hook, parameter
 
@@ -67,7 +66,7 @@ class Files:
         raise DataError(f"data.{name}: cannot read rows from a {type(source).__name__}; give {_SOURCE}")
 
     def _from_path(self, name: str, path: Path) -> Split:
-        if not path.is_dir():
+        if not _is_folder(path):
             lines, rows = _columns(read_rows(path, quoted=self.quoted))
             return Split(name, rows, str(path), lines)
         if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
@@ -76,6 +75,13 @@ class Files:
         if not files:
             raise DataError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file and no saved dataset")
         return _joined(name, (self._from_path(name, file) for file in files))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # e.g. a name that is too long; reading it as a file tells why
+        return False
 
 
 def _columns(numbered: Iterator[tuple[int, dict[str, Any]]]) -> tuple[list[int], list[dict[str, Any]]]:

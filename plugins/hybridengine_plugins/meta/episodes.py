@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hybridengine.data.labels import label_name
+from hybridengine.data import label_name
 from hybridengine.errors import DataError
 from hybridengine.plugin import Band, Run, Split, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Draw, Prediction, View, permutation, weighted_sum

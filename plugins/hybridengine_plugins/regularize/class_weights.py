@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hybridengine.data.labels import label_name, labels_of
+from hybridengine.data import label_name, labels_of
 from hybridengine.errors import ConfigError, did_you_mean
 from hybridengine.plugin import Band, Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Out, View
