@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +14,13 @@ from torch.func import functional_call
 from hybridengine import kernels
 from hybridengine.errors import SeamError
 from hybridengine.seams.gradients import Gradients
-from hybridengine.seams.precision import LossScale, Precision
+from hybridengine.seams.host import Host
 from hybridengine.seams.randomness import KeyedRows, dropout_key
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.trace import Trace
 from hybridengine.seams.types import Batch, Out, Prediction, Term, View, Work
 
-__all__ = ["Context", "Host"]
-
-
-class Host(Protocol):
-    """What the context needs of the run that owns the model."""
-
-    model: Any
-    forward_model: Any
-    device: torch.device
-    precision: Precision
-    loss_scale: LossScale
-    seed: int
-    step: int
-    sites: Sites | None
-    task: Any
-    optimizer: Any
-    scheduler: Any
-    clip: float | None
-
-    def optimised(self) -> dict[str, nn.Parameter]: ...
-    def adapted(self) -> dict[str, nn.Parameter]: ...
-    def perturbed(self) -> dict[str, nn.Parameter]: ...
-    def state(self, name: str) -> dict[str, Any]: ...
-    def module(self, name: str) -> nn.Module: ...
+__all__ = ["Context"]
 
 
 class Context(Gradients):

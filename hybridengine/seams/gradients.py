@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hybridengine.errors import NonFiniteError
+from hybridengine.seams.host import Host
 from hybridengine.seams.trace import Trace
-
-if TYPE_CHECKING:
-    from hybridengine.seams.context import Host
 
 __all__ = ["Gradients"]
 

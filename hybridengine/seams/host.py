@@ -1,0 +1,36 @@
+"""What the context needs of the run that owns the model: the seams stand below the run and know it by this alone."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hybridengine.seams.precision import LossScale, Precision
+from hybridengine.seams.sites import Sites
+
+__all__ = ["Host"]
+
+
+class Host(Protocol):
+    """What the context needs of the run that owns the model."""
+
+    model: Any
+    forward_model: Any
+    device: torch.device
+    precision: Precision
+    loss_scale: LossScale
+    seed: int
+    step: int
+    sites: Sites | None
+    task: Any
+    optimizer: Any
+    scheduler: Any
+    clip: float | None
+
+    def optimised(self) -> dict[str, nn.Parameter]: ...
+    def adapted(self) -> dict[str, nn.Parameter]: ...
+    def perturbed(self) -> dict[str, nn.Parameter]: ...
+    def state(self, name: str) -> dict[str, Any]: ...
+    def module(self, name: str) -> nn.Module: ...
