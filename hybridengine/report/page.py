@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
-import tempfile
 from pathlib import Path
 
 import jinja2
 
-from hybridengine.errors import OutputError
 from hybridengine.report.curves import effect_charts, training_charts
 from hybridengine.report.facts import data_notes, environment, figures, split_cards
 from hybridengine.report.read import RunFolder, clean, read_run, sequence, text
@@ -17,6 +14,7 @@ from hybridengine.report.stack import kernel_rows, layers, method_rows, outside,
 from hybridengine.report.tables import class_tables, confusions, metric_rows, wrong_answers
 from hybridengine.report.verdict import make_verdict
 from hybridengine.report.words import percent, title
+from hybridengine.train.files import write_text
 
 __all__ = ["render", "write_report"]
 
@@ -34,21 +32,7 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     page = render(read_run(folder))
     target = folder / NAME
-    try:
-        handle, staged = tempfile.mkstemp(prefix=f".{NAME}.", dir=folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            os.chmod(staged, 0o644)
-            os.replace(staged, target)
-        except BaseException:
-            os.unlink(staged)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{target}: cannot write the report ({error.strerror or error});"
-            " make the folder writable, or copy it elsewhere and report on the copy"
-        ) from error
+    write_text(target, page)
     return target
 
 

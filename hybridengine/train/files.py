@@ -14,18 +14,23 @@ from typing import Any
 
 from hybridengine.errors import OutputError
 
-__all__ = ["MANIFEST", "damage", "replace_folder", "write_json", "write_text"]
+__all__ = ["MANIFEST", "clear_leftovers", "damage", "replace_folder", "write_json", "write_text"]
 
 MANIFEST = "manifest.json"
+_STAGING, _RETIRED, _STAGED = ".staging-", ".retired-", ".staged"
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content atomically."""
-    staged = path.with_name(f".{path.name}.staged")
+    staged = path.with_name(f".{path.name}{_STAGED}")
     with _explained(path, len(text)):
-        staged.write_text(text, encoding="utf-8")
-        _flush(staged)
-        os.replace(staged, path)
+        try:
+            staged.write_text(text, encoding="utf-8")
+            _flush(staged)
+            os.replace(staged, path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
         _flush(path.parent)
 
 
@@ -38,11 +43,11 @@ def write_json(path: Path, value: Any) -> None:
 def replace_folder(destination: Path) -> Iterator[Path]:
     """Write a folder's files inside; it appears under its name complete, with a SHA-256 manifest, or not at all.
 
-    An existing folder of that name is replaced; a crash leaves the old one or the new one.
+    An existing folder of that name is replaced; a crash leaves the old one or the new one, after `clear_leftovers`.
     """
     parent = destination.parent
-    staging = parent / f".staging-{destination.name}"
-    retired = parent / f".retired-{destination.name}"
+    staging = parent / f"{_STAGING}{destination.name}"
+    retired = parent / f"{_RETIRED}{destination.name}"
     with _explained(destination):
         parent.mkdir(parents=True, exist_ok=True)
         for leftover in (staging, retired):
@@ -61,6 +66,19 @@ def replace_folder(destination: Path) -> Iterator[Path]:
                 os.rename(retired, destination)
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a crash left half-written in a folder, and put back what it had moved out of the way."""
+    with _explained(folder):
+        for left in folder.glob(f"{_RETIRED}*"):
+            destination = folder / left.name.removeprefix(_RETIRED)
+            if not destination.exists():
+                os.rename(left, destination)
+        for left in (*folder.glob(f"{_STAGING}*"), *folder.glob(f"{_RETIRED}*")):
+            shutil.rmtree(left)
+        for file in folder.glob(f".*{_STAGED}"):
+            file.unlink()
 
 
 def damage(folder: Path) -> str | None:
