@@ -141,6 +141,7 @@ def run_bits(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     promised = ("status", "metrics", "best", "steps", "methods", "parameters", "stop_reason", "skipped_rows")
+    assert (folder / "report.html").is_file()
     return {
         "best": {str(p.relative_to(best)): _digest(p) for p in files},
         "checkpoint": checkpoint_bits(max((folder / "checkpoints").glob("step-*"))),
