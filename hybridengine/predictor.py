@@ -11,7 +11,7 @@ from hybridengine.batches import Assembler, in_order
 from hybridengine.building import build_model, initial_run, prepare_data
 from hybridengine.config import load_config, read_source
 from hybridengine.data.checks import row_problem
-from hybridengine.data.rows import Split
+from hybridengine.data.rows import TARGET_ROLES, Split
 from hybridengine.errors import DataError, OutputError
 from hybridengine.evaluate.evaluator import Evaluator
 from hybridengine.model.loading import load_model_config, load_tokenizer
@@ -140,6 +140,7 @@ class Predictor:
     def _rows(self, texts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         role = next(iter(self.run.task.columns))
         columns = {**self.run.task.columns, **self.config.data.columns}
+        columns = {r: c for r, c in columns.items() if r not in TARGET_ROLES}
         rows = []
         for index, item in enumerate(texts):
             row = {role: item} if isinstance(item, str) else {r: item[c] for r, c in columns.items() if c in item}
