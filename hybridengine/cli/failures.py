@@ -22,7 +22,7 @@ def report(error: BaseException, debug: bool = False) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, Stopped):
-        console.note(f"stopped: {error}")
+        console.note(error)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         console.note("stopped: interrupted")

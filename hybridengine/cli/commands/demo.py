@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hybridengine.cli import console
+from hybridengine.errors import Stopped
 
 __all__ = ["run"]
 
@@ -38,7 +39,11 @@ def run(
     data, source = data_section(archive, os.environ)
     make_room(output)
     console.line(f"data: {source}")
-    summary = train_and_show(demo_config(model, data, output), overrides or [])
+    try:
+        summary = train_and_show(demo_config(model, data, output), overrides or [])
+    except Stopped:
+        console.note(f"the demo itself starts anew; to go on: hybridengine train {output / 'config.yaml'}")
+        raise
     accuracy = summary.get("metrics", {}).get("validation", {}).get("accuracy")
     if accuracy is not None and "archive" in data:
         verdict = "reaches" if accuracy >= 0.9 else "misses"
