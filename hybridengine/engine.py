@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hybridengine import kernels
 from hybridengine.batches import Assembler
-from hybridengine.building import adapt_model, build_model, build_optimizer, initial_run, make_features, prepare_data
+from hybridengine.building import (
+    adapt_model,
+    build_model,
+    build_optimizer,
+    capabilities,
+    initial_run,
+    make_features,
+    prepare_data,
+)
 from hybridengine.config import Config, load_config
 from hybridengine.data.card import card_lines
 from hybridengine.errors import HybridEngineError, OutputError, StackError, Stopped
 from hybridengine.estimate import estimate_memory
 from hybridengine.evaluate.evaluator import Evaluator
 from hybridengine.folder import RunFolder
-from hybridengine.model.loading import capabilities_of, load_model_config, load_tokenizer
+from hybridengine.model.loading import load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.plugin.stacking import StackView
 from hybridengine.predictor import Predictor
 from hybridengine.report import write_report
 from hybridengine.stack import EffectLog, Plan, check_stack, compose, make_plan, resolve
 from hybridengine.stack.plan import training_sampler
-from hybridengine.stages import train_stages
+from hybridengine.stack.resolve import plugin_problems
+from hybridengine.stages import stage_configs, train_stages
 from hybridengine.summary import make_summary
 from hybridengine.train.best import load_best
 from hybridengine.train.checkpoint import Checkpoints, Progress
 from hybridengine.train.loop import Loop
 from hybridengine.train.progress import Event, Listener, silent
-from hybridengine.train.trackers import open_tracker
+from hybridengine.train.trackers import check_trackers, open_tracker
 
 __all__ = ["Engine"]
 
@@ -62,35 +72,41 @@ class Engine:
         progress: Listener | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> None:
-        self.config, self._source = load_config(config, overrides)
+        self.config, self._source = load_config(config, overrides, plugin_problems)
         self.folder = Path(self.config.output)
         self._listen = progress or silent
         self._cancel = cancel or (lambda: False)
-        self._resolved = resolve(self.config, self._source, Catalogue(), methods)
-        self._hooks = self._resolved.hooks()
-        self._run = initial_run(self.config)
         self._extra = methods
         self._done: set[str] = set()
+        with self._step("resolve"):
+            self._resolved = resolve(self.config, self._source, Catalogue(), methods)
+            self._hooks = self._resolved.hooks()
+            self._stages = stage_configs(self.config, self._source, methods)
+            self._run = initial_run(self.config)
+            check_trackers(self.config.log.to)
         self._plan: Plan | None = None
 
     # ---- the steps -------------------------------------------------------------------------------------------------
 
     def prepare(self) -> Engine:
         """Read, check and split the data; build the task; write nothing."""
-        if self._first("prepare"):
-            prepare_data(self._run, self._hooks, self._resolved)
+        with self._step("prepare") as due:
+            if due:
+                prepare_data(self._run, self._hooks, self._resolved)
         return self
 
     def select(self) -> Engine:
         """Check that the stack fits task, data and model, and plan its passes; the model is not loaded yet."""
         self.prepare()
-        if self._first("select"):
+        with self._step("select") as due:
+            if not due:
+                return self
             run, hooks = self._run, self._hooks
             run.model_config = load_model_config(self.config.model)
             run.tokenizer = hooks.build("build_tokenizer", run) or load_tokenizer(self.config.model)
-            have = self._capabilities()
-            methods = self._resolved.methods
+            have, methods = capabilities(run), self._resolved.methods
             facts = {"config": self.config, "capabilities": have, "labels": run.labels, "model": run.model_config}
+            facts["metrics"] = run.task.metric_names
             problems = check_stack(methods, have) + hooks.collect("check_stack", StackView(methods, facts))
             if problems:
                 raise StackError(problems)
@@ -103,27 +119,30 @@ class Engine:
     def initialize(self) -> Engine:
         """Load model and tokenizer."""
         self.select()
-        if self._first("initialize"):
-            build_model(self._run, self._hooks)
+        with self._step("initialize") as due:
+            if due:
+                build_model(self._run, self._hooks)
         return self
 
     def adapt(self) -> Engine:
         """Apply adapters, tokenise, fix the parameter sets, build optimizer and schedule, fold the seams."""
         self.initialize()
-        if self._first("adapt"):
+        with self._step("adapt") as due:
+            if not due:
+                return self
             run, hooks = self._run, self._hooks
+            self._done.discard("initialize")  # should this fail, the next try starts from a fresh model
             adapt_model(run, hooks)
             self._features = make_features(run, hooks)
             self._lengths = {name: [f["length"] for f in features] for name, features in self._features.items()}
             self._effects = EffectLog(self._resolved.methods)
-            plan = self.plan()
-            self._ctx = compose(run, hooks, stack_views=plan.stack_views, report=self._effects.report)
+            self._ctx = compose(run, hooks, stack_views=self.plan().stack_views, report=self._effects.report)
             self._sampler = training_sampler(run, hooks, self._lengths["train"])
-            draws = len(self._sampler(0))
-            run.steps_per_epoch, run.total_steps = self._steps(draws)
+            run.steps_per_epoch, run.total_steps = self._steps(len(self._sampler(0)))
             build_optimizer(run, hooks)
             self._assembler = Assembler(run, self._features)
             self._evaluator = Evaluator(run, self._ctx, hooks, self._assembler, self._lengths)
+            self._done.add("initialize")
         return self
 
     def train(self) -> dict[str, Any]:
@@ -137,21 +156,25 @@ class Engine:
             HybridEngineError: what the user can mend; the run folder's summary says `failed`.
         """
         if self.config.stages:
-            return train_stages(self.config, self._train_stage, self._listen)
+            return train_stages(self.config, lambda stage: self._engine(stage).train(), self._listen)
         folder = RunFolder(self.folder)
-        finished = folder.claim(self.config)
+        with self._step("claim"):
+            finished = folder.claim(self.config)
         if finished is not None:
+            finished["report"] = str(write_report(folder.path))  # a run killed just before it has none
             self._listen(Event("done", message=f"{self.folder} is finished already", values={"summary": finished}))
             return finished
-        self.select()
+        plan = self.plan()
+        self._listen(Event("plan", 0, self._run.total_steps, plan.phases[0].passes, {"plan": plan}))
+        self.adapt()  # what is wrong with model, data or methods is told before anything is written
         folder.open(self.config)
         try:
-            return self._train(folder)
-        except Stopped as stop:
-            self._conclude(folder, "stopped", str(stop))
-            raise
-        except HybridEngineError as error:
-            self._conclude(folder, "failed", str(error))
+            with self._step("train"):
+                return self._train(folder)
+        except Exception as error:
+            told = str(error) if isinstance(error, HybridEngineError) else f"{type(error).__name__}: {error}"
+            with suppress(OutputError):  # a full disk must not hide what happened
+                self._conclude(folder, "stopped" if isinstance(error, Stopped) else "failed", told)
             raise
         finally:
             if "adapt" in self._done:
@@ -164,12 +187,19 @@ class Engine:
     # ---- looking without training -----------------------------------------------------------------------------------
 
     def validate(self) -> list[str]:
-        """Everything that can be found without training: config, stack, data, model folder. Writes nothing.
+        """Everything that can be found without training: config, stack, data, model, output. Writes nothing.
+
+        The model is loaded and adapted, and every row is tokenised, as training would.
 
         Returns:
             Lines worth reading: the data card and notes.
         """
-        self.select()
+        if self._stages:
+            told = [self._engine(stage).validate() for stage in self._stages]
+            return list(dict.fromkeys(line for lines in told for line in lines))
+        with self._step("claim"):
+            RunFolder(self.folder).claim(self.config)
+        self.adapt()
         return [*card_lines(self._run.card), *self._run.notes]
 
     def plan(self) -> Plan:
@@ -183,10 +213,7 @@ class Engine:
 
     def _train(self, folder: RunFolder) -> dict[str, Any]:
         run = self._run
-        plan = self.plan()
-        folder.write("plan.json", plan.to_dict())
-        self._listen(Event("plan", total=run.total_steps, message=plan.phases[0].passes, values={"plan": plan}))
-        self.adapt()
+        folder.write("plan.json", self.plan().to_dict())
         folder.write("data_card.json", run.card)
         checkpoints = Checkpoints(folder.checkpoints, self.config.train.keep)
         progress = self._resume(folder, checkpoints)
@@ -209,19 +236,14 @@ class Engine:
             tracker.close()
         return self._finish(folder)
 
-    def _train_stage(self, config: Config) -> dict[str, Any]:
+    def _engine(self, stage: Config) -> Engine:
         methods = copy.deepcopy(list(self._extra))
-        return Engine(config, methods=methods, progress=self._listen, cancel=self._cancel).train()
+        return Engine(stage, methods=methods, progress=self._listen, cancel=self._cancel)
 
     def _resume(self, folder: RunFolder, checkpoints: Checkpoints) -> Progress:
         run = self._run
-        path: Path | None
-        if self.config.resume in ("auto", "never"):
-            path = checkpoints.latest(run)
-        else:
-            path = Path(self.config.resume)
-            if not path.is_dir():
-                raise OutputError(f"resume: there is no checkpoint folder {path}; use auto, never, or an existing path")
+        asked = self.config.resume
+        path = checkpoints.latest(run) if asked in ("auto", "never") else Path(asked)
         if path is None:
             folder.rewind(0)
             return Progress()
@@ -232,12 +254,11 @@ class Engine:
 
     def _finish(self, folder: RunFolder) -> dict[str, Any]:
         """Evaluate the best weights on validation and test, and write summary and report."""
-        records = folder.path / "predictions.jsonl"
-        records.unlink(missing_ok=True)
+        folder.predictions.unlink(missing_ok=True)
         splits = ["validation", *(["test"] if self.config.evaluate.test else [])]
         load_best(self._run, folder.best)
         self._evaluator.stored_weights = True
-        metrics = {s: self._evaluator.evaluate(s, records=records) for s in splits if s in self._run.splits}
+        metrics = {s: self._evaluator.evaluate(s, record=folder.record) for s in splits if s in self._run.splits}
         summary = self._conclude(folder, "finished", "", metrics)
         self._listen(Event("done", self._run.step, self._run.total_steps, "finished", {"summary": summary}))
         return summary
@@ -264,20 +285,12 @@ class Engine:
         total = train.max_steps or max(1, round(train.epochs * per_epoch))
         return per_epoch, total
 
-    def _capabilities(self) -> set[str]:
-        run = self._run
-        have = capabilities_of(run.model_config)
-        if run.labels:
-            have.add("labels")
-        if "text" in run.task.columns:
-            have.add("text")
-        if "unlabelled" in run.splits:
-            have.add("unlabelled")
-        if not self.config.train.checkpointing:
-            have.add("functional")
-        return have
-
-    def _first(self, step: str) -> bool:
-        first = step not in self._done
-        self._done.add(step)
-        return first
+    @contextmanager
+    def _step(self, name: str) -> Iterator[bool]:
+        """Whether a step is still to be made; it is made once it succeeded. Errors are told with `file:line`."""
+        try:
+            yield name not in self._done
+        except HybridEngineError as error:
+            self._source.locate(error)
+            raise
+        self._done.add(name)

@@ -39,7 +39,7 @@ def estimate_memory(run: Run, methods: Sequence[Method]) -> dict[str, Any]:
     exact = not hooks.implementations("build_model")
     if exact:
         try:
-            model = hooks.transform("transform_model", run, model)
+            model = hooks.transform("transform_model", run, model, expect=torch.nn.Module)
         except (NotImplementedError, RuntimeError, HybridEngineError):
             exact = False
     total = sum(p.numel() for p in model.parameters())

@@ -10,7 +10,7 @@ import yaml
 
 from hybridengine.config import Config
 from hybridengine.errors import OutputError
-from hybridengine.train.files import write_json, write_text
+from hybridengine.train.files import append_lines, clear_leftovers, write_json, write_text
 
 __all__ = ["RunFolder"]
 
@@ -24,6 +24,7 @@ class RunFolder:
         self.path = path
         self.best = path / "best"
         self.checkpoints = path / "checkpoints"
+        self.predictions = path / "predictions.jsonl"
         self._metrics = path / "metrics.jsonl"
 
     def claim(self, config: Config) -> dict[str, Any] | None:
@@ -33,7 +34,16 @@ class RunFolder:
             OutputError: foreign files, or another config (naming the changed keys), or `resume: never`.
         """
         path = self.path
-        if path.exists() and not path.is_dir():
+        if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+            raise OutputError(
+                f"resume: there is no checkpoint folder {config.resume}; use auto, never, or an existing path such as"
+                f" {self.checkpoints / 'step-00000010'}"
+            )
+        try:
+            exists = path.exists()
+        except OSError as error:
+            raise OutputError(f"output {str(path)[:200]} cannot be used ({error.strerror}); choose another") from None
+        if exists and not path.is_dir():
             raise OutputError(f"output {path} is a file; choose another `output` folder")
         occupied = path.is_dir() and any(path.iterdir())
         if not occupied:
@@ -43,7 +53,7 @@ class RunFolder:
         if not (path / "config.yaml").is_file():
             raise OutputError(f"output {path} holds files that are no run of hybridengine; choose another `output`")
         changed = self._changed(config)
-        if changed:
+        if changed and not self._holds_nothing():
             raise OutputError(
                 f"output {path} holds a run of another config; changed: {', '.join(changed)}. Choose another `output`,"
                 " or restore these keys to go on with that run."
@@ -51,14 +61,21 @@ class RunFolder:
         summary = self.summary()
         return summary if summary is not None and summary.get("status") == "finished" else None
 
+    def _holds_nothing(self) -> bool:
+        """Whether the run failed before its first checkpoint, so that another config may take its place."""
+        failed = (self.summary() or {}).get("status") == "failed"
+        return failed and not self.best.exists() and not any(self.checkpoints.glob("step-*"))
+
     def open(self, config: Config) -> None:
-        """Create the folder and write the resolved config."""
+        """Create the folder, clear what a crash left in it, and write the resolved config."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
                 f"output {self.path} cannot be created ({error.strerror}); choose another `output`"
             ) from error
+        for folder in (self.path, self.checkpoints):
+            clear_leftovers(folder)
         write_text(self.path / "config.yaml", yaml.safe_dump(_resolved(config), sort_keys=False, allow_unicode=True))
 
     def write(self, name: str, value: Any) -> None:
@@ -75,8 +92,11 @@ class RunFolder:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_lines(self._metrics, [json.dumps(line, ensure_ascii=False)])
+
+    def record(self, lines: list[str]) -> None:
+        """Add lines to `predictions.jsonl`."""
+        append_lines(self.predictions, lines)
 
     def rewind(self, step: int) -> None:
         """Drop metric lines after `step`, so that a resumed run's log reads like an uninterrupted one."""

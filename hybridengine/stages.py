@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridengine.config import Config, load_config
+from hybridengine.config import Config, Source, check_config
+from hybridengine.errors import ConfigError
 from hybridengine.folder import RunFolder
 from hybridengine.model.loading import quiet
+from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.predictor import Predictor
+from hybridengine.stack.resolve import plugin_problems, resolve
 from hybridengine.train.files import replace_folder
 from hybridengine.train.progress import Event, Listener
 
@@ -26,13 +29,28 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     return out
 
 
-def stage_configs(config: Config) -> list[Config]:
-    """One full config per stage, in folders `stage-1`, `stage-2`, ... of the output."""
+def stage_configs(config: Config, source: Source | None = None, methods: Sequence[object] = ()) -> list[Config]:
+    """One full config per stage, in folders `stage-1`, `stage-2`, ... of the output.
+
+    Args:
+        source: where the keys of `config` stand, for errors.
+        methods: method objects that join the stack of every stage.
+
+    Raises:
+        ConfigError: with every problem of every stage.
+    """
     base = config.model_dump(exclude={"stages"})
-    found = []
-    for number, stage in enumerate(config.stages, 1):
-        values = merged(base, {**stage, "output": str(Path(config.output) / f"stage-{number}")})
-        found.append(load_config(values)[0])
+    found, problems = [], {}
+    for index, stage in enumerate(config.stages):
+        values = merged(base, {**stage, "output": str(Path(config.output) / f"stage-{index + 1}")})
+        own = (source or Source({}, "config")).part(("stages", index), values)
+        try:
+            found.append(check_config(own, plugin_problems))
+            resolve(found[-1], own, Catalogue(), methods)
+        except ConfigError as error:
+            problems.update(dict.fromkeys(f"{problem} (stage {index + 1})" for problem in error.problems))
+    if problems:
+        raise ConfigError(list(problems))
     return found
 
 

@@ -6,10 +6,11 @@ from hybridengine.config.model import (
     EvaluateConfig,
     LogConfig,
     ModelConfig,
+    Section,
     TrainConfig,
     split_entry,
 )
-from hybridengine.config.source import Source, apply_overrides, describe, load_config, read_source
+from hybridengine.config.source import Source, apply_overrides, check_config, describe, load_config, read_source
 
 __all__ = [
     "Config",
@@ -17,9 +18,11 @@ __all__ = [
     "EvaluateConfig",
     "LogConfig",
     "ModelConfig",
+    "Section",
     "Source",
     "TrainConfig",
     "apply_overrides",
+    "check_config",
     "describe",
     "load_config",
     "read_source",

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-__all__ = ["Config", "DataConfig", "EvaluateConfig", "LogConfig", "ModelConfig", "TrainConfig", "split_entry"]
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "LogConfig",
+    "ModelConfig",
+    "Section",
+    "TrainConfig",
+    "split_entry",
+]
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -16,23 +26,44 @@ def _tenth_for_validation() -> dict[Literal["validation", "test"], float]:
     return {"validation": 0.1}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=False)
+class Section(BaseModel):
+    """Keys of a config: none but the named ones, numbers that are finite, and no truth value where a number stands."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name in cls.model_fields:
+            kinds = _members(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds and Any not in kinds:
+                raise ValueError("must be a number")
+        return value
 
 
-class ModelConfig(_Section):
+def _members(annotation: Any) -> set[Any]:
+    """The types that a plain, annotated or united type allows."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return set().union(*map(_members, get_args(annotation)))
+    return {annotation}
+
+
+class ModelConfig(Section):
     """Which pretrained model to start from."""
 
-    name: str = Field(description="folder or hub id of a pretrained transformers model")
+    name: str = Field(min_length=1, description="folder or hub id of a pretrained transformers model")
     revision: str | None = Field(None, description="commit hash on the hub")
     tokenizer: str | None = Field(None, description="folder or hub id of the tokenizer; the model's own by default")
     attention: Literal["sdpa", "eager"] | None = Field(None, description="attention implementation")
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Where rows come from. Further keys belong to the data plugin named by `use` (`files` by default)."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     use: str = Field("files", description="data plugin")
     columns: dict[str, str] = Field(default_factory=dict, description="role to column name, e.g. {text: review}")
@@ -45,7 +76,7 @@ class DataConfig(BaseModel):
     limit: Positive | None = Field(None, description="use at most this many training rows, chosen by a stable hash")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How to train."""
 
     epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="passes over the training rows")
@@ -66,7 +97,7 @@ class TrainConfig(_Section):
     keep: Positive = Field(2, description="checkpoints kept")
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """How to evaluate."""
 
     metric: str | None = Field(None, description="metric that picks the best checkpoint; the task's own by default")
@@ -75,14 +106,14 @@ class EvaluateConfig(_Section):
     test: bool = Field(True, description="evaluate the test split at the end, with the best weights")
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """What is recorded while training."""
 
     every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
     to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, description="further loggers")
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     task: str | dict[str, dict[str, Any] | None] = Field(description="task name, or {name: {options}}")
@@ -92,7 +123,7 @@ class Config(_Section):
     methods: list[str | dict[str, dict[str, Any] | None]] = Field(
         default_factory=list, description="the stack: method names, or {name: {parameters}}; order does not matter"
     )
-    output: str = Field("runs/run", description="folder of the run")
+    output: str = Field("runs/run", min_length=1, description="folder of the run")
     resume: str = Field("auto", description="auto | never | path of a checkpoint")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     log: LogConfig = Field(default_factory=LogConfig)

@@ -75,7 +75,10 @@ def _check_file(path: Path) -> None:
             raise DataError(f"{path}: not a regular file; name a file with one of {', '.join(SUFFIXES)}")
         names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        told = getattr(error, "strerror", None) or error
+        raise DataError(f"{str(path)[:200]}: cannot be read ({told}); give the path of an existing file") from None
+    if path.is_symlink():
+        raise DataError(f"{path}: a link to {path.readlink()}, which does not exist; correct the link or the path")
     near = difflib.get_close_matches(path.name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "relative paths start at the working directory"
     raise DataError(f"{path}: no such file; {hint}")

@@ -60,9 +60,15 @@ def quiet() -> Iterator[None]:
 def _check_place(name: str, key: str) -> bool:
     """Whether the name is a local folder; refuses what looks like a path and is none."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise ModelError(
+            f"{key}: {name[:80]!r} is no folder ({error.strerror}); give an existing one or a hub id"
+        ) from None
+    if folder:
         return True
-    if path.is_file():
+    if file:
         raise ModelError(f"{key}: {name} is a file; give the folder that holds config.json and the weights")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or (os.sep in name.strip("/") and path.parent.is_dir()):
         raise ModelError(f"{key}: the folder {name} does not exist; give an existing folder or a hub id")
@@ -76,13 +82,21 @@ def _explained(name: str, local: bool, what: str) -> Iterator[None]:
             yield
     except ModelError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and the hub share no base class
+        first = " ".join(str(error).strip().splitlines()[:2])
+        told = first if isinstance(error, OSError | ValueError) and first else f"{type(error).__name__}: {first}"
+        if "can't allocate memory" in told or "out of memory" in told:
+            raise
         if local:
-            raise ModelError(f"{name}: the {what} cannot be loaded: {first}") from error
+            raise ModelError(
+                f"{name}: the {what} cannot be loaded ({told}); copy or download the folder again, or save it anew with"
+                " save_pretrained(folder)"
+            ) from error
         raise ModelError(
-            f"{name} is no local folder, and the {what} could not be fetched from the hub ({first}). Without network,"
-            " download the model elsewhere and give its folder as `model.name`."
+            f"{name} is no local folder, and the {what} could not be fetched from the hub ({told}). Without network,"
+            " save the model elsewhere with save_pretrained(FOLDER), copy the folder here and set model.name: FOLDER"
         ) from error
 
 
@@ -91,8 +105,13 @@ def load_model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     local = _check_place(model.name, "model.name")
-    if local and not (Path(model.name) / "config.json").is_file():
-        raise ModelError(f"{model.name}: there is no config.json, so this is no transformers model folder")
+    if local and not (Path(model.name).expanduser() / "config.json").is_file():
+        raise ModelError(
+            f"{model.name}: there is no config.json, so this is no transformers model folder; give the folder that"
+            " save_pretrained wrote"
+        )
+    if local:
+        _check_weights(Path(model.name).expanduser())
     with _explained(model.name, local, "configuration"):
         return AutoConfig.from_pretrained(model.name, revision=model.revision)
 
@@ -107,19 +126,34 @@ def load_tokenizer(model: ModelConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model.revision)
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{name}: only a slow tokenizer is there; save a fast one (tokenizer.json) in the folder")
+    # Without its files, transformers makes an empty tokenizer that reads every word as unknown.
+    files = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
+    if local and not any((Path(name).expanduser() / file).is_file() for file in files):
+        raise ModelError(
+            f"{name}: there is no tokenizer in this folder (none of {', '.join(sorted(files))}); save the model's own"
+            " there, or name one as model.tokenizer"
+        )
     return tokenizer
 
 
 def load_model(
-    auto_class: str, model: ModelConfig, options: dict[str, Any] | None = None, *, seed: int = 0
+    auto_class: str,
+    model: ModelConfig,
+    options: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    key: str = "model.name",
 ) -> tuple[nn.Module, list[str]]:
     """Load weights, and name the parameters that the checkpoint lacks (newly initialised from `seed`).
 
     The global random stream is as before afterwards. Weights are read from safetensors only, never from pickles.
+
+    Args:
+        key: what to call the name in errors.
     """
     import transformers
 
-    local = _check_place(model.name, "model.name")
+    local = _check_place(model.name, key)
     if local:
         _check_weights(Path(model.name).expanduser())
     cls = getattr(transformers, auto_class)
@@ -141,7 +175,17 @@ def load_model(
 
 
 def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+    from safetensors import SafetensorError, safe_open
+
+    if files := sorted(folder.glob("*.safetensors")):
+        for file in files:
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{file}: the weights are damaged or cut off ({error}); copy or download the file again"
+                ) from error
         return
     if any(folder.glob("*.bin")):
         raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pluggy
@@ -12,11 +12,18 @@ import pluggy
 from hybridengine.errors import HybridEngineError, PluginError, did_you_mean
 from hybridengine.plugin.hookspecs import PROJECT, HookSpecs
 from hybridengine.plugin.stacking import Method
+from hybridengine.plugin.traits import Traits
 
 __all__ = ["Hooks", "blame"]
 
 _PREFIXES = ("build_", "transform_", "wrap_", "on_", "check_")
 _MARK = f"{PROJECT}_impl"
+_RESULTS: dict[str, type] = {
+    "build_data": Mapping,
+    "build_features": Sequence,
+    "build_sampler": Callable,  # type: ignore[dict-item]
+    "build_tokenizer": Callable,  # type: ignore[dict-item]
+}
 SPEC_NAMES = tuple(name for name in vars(HookSpecs) if name.startswith(_PREFIXES))
 
 
@@ -33,19 +40,25 @@ class Hooks:
                 self._manager.register(method.plugin, name=method.name)
             except pluggy.PluginValidationError as error:
                 raise PluginError(f"plugin {method.label}: {error}") from error
+            except ValueError:
+                raise PluginError(
+                    f"plugin {method.label}: another member of the run has this name; rename it"
+                ) from None
 
     def implementations(self, hook_name: str) -> list[tuple[Method, Callable[..., Any]]]:
         """Members that implement a hook, innermost first."""
         registered = {id(impl.plugin) for impl in getattr(self._manager.hook, hook_name).get_hookimpls()}
         return [(m, getattr(m.plugin, hook_name)) for m in self.methods if id(m.plugin) in registered]
 
-    def build(self, hook_name: str, *args: Any, only: str | None = None) -> Any | None:
+    def build(
+        self, hook_name: str, *args: Any, only: str | None = None, expect: type | tuple[type, ...] | None = None
+    ) -> Any | None:
         """First non-None result of a `build_*` hook; `only` asks one named plugin."""
         for method, function in self.implementations(hook_name):
             if only is None or method.name == only:
                 result = _call(method, hook_name, function, *args)
                 if result is not None:
-                    return result
+                    return _expect(method, hook_name, result, expect or _RESULTS.get(hook_name, object))
         return None
 
     def transform(self, hook_name: str, *args: Any, expect: type | tuple[type, ...] = object) -> Any:
@@ -79,7 +92,7 @@ class Hooks:
         """All results of a `check_*` hook, flattened."""
         found: list[Any] = []
         for method, function in self.implementations(hook_name):
-            found.extend(_call(method, hook_name, function, *args) or [])
+            found.extend(_expect(method, hook_name, _call(method, hook_name, function, *args) or [], (list, tuple)))
         return found
 
     def layers(self, hook_name: str, expect: type | tuple[type, ...]) -> list[tuple[Method, Callable[..., Any]]]:
@@ -137,6 +150,11 @@ def blame(error: BaseException, method: Method | None, hook_name: str) -> None:
 def _check(method: Method) -> None:
     """Refuse misspelt and undecorated hooks, and signatures that do not match the contract."""
     plugin = method.plugin
+    if not isinstance(getattr(type(plugin), "traits", Traits()), Traits):
+        raise PluginError(f"plugin {method.label}: traits must be Traits(...), got {type(plugin).traits!r}")
+    decide = getattr(type(plugin), "active", None)
+    if callable(decide) and len(inspect.signature(decide).parameters) != 2:
+        raise PluginError(f"plugin {method.label}: active takes (self, step) and returns whether it acts at this step")
     for name in dir(type(plugin)):
         if name.startswith("__"):
             continue

@@ -31,7 +31,7 @@ class Listing:
         where = f"plugin {self.name!r} of {self.distribution} {self.version} ({self.entry.value})"
         try:
             loaded = self.entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a module may do anything when it is imported
             raise PluginError(
                 f"{where} cannot be imported: {type(error).__name__}: {error}. Reinstall or remove {self.distribution}."
             ) from error

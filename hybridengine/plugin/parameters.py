@@ -7,10 +7,10 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
-from hybridengine.config import Source, describe
-from hybridengine.errors import PluginError
+from hybridengine.config import Section, Source, describe
+from hybridengine.errors import HybridEngineError, PluginError
 
 __all__ = ["create", "json_schema", "parameter_model", "parameter_rows"]
 
@@ -19,7 +19,10 @@ def parameter_model(name: str, cls: type) -> type[BaseModel]:
     """A pydantic model of the dataclass's init fields, unknown keys forbidden."""
     if not dataclasses.is_dataclass(cls):
         raise PluginError(f"plugin {name!r}: {cls!r} is not a dataclass; decorate it with @dataclass(eq=False)")
-    hints = typing.get_type_hints(cls, include_extras=True)
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)
+    except Exception as error:  # whatever evaluating a foreign annotation raises
+        raise PluginError(f"plugin {name!r}: the types of its fields cannot be read ({error})") from error
     fields: dict[str, Any] = {}
     for item in dataclasses.fields(cls):
         if not item.init:
@@ -32,7 +35,7 @@ def parameter_model(name: str, cls: type) -> type[BaseModel]:
             info["default_factory"] = item.default_factory
         annotation = Annotated[hints[item.name], Field(**constraints)] if constraints else hints[item.name]
         fields[item.name] = (annotation, Field(**info))
-    return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
+    return create_model(name, __base__=Section, **fields)
 
 
 def create(
@@ -48,6 +51,10 @@ def create(
         return cls(**{key: getattr(values, key) for key in type(values).model_fields}), []
     except (TypeError, ValueError) as error:
         return None, [f"{source.where(location)}: {name}: {error}"]
+    except HybridEngineError:
+        raise
+    except Exception as error:
+        raise PluginError(f"plugin {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def json_schema(name: str, cls: type) -> dict[str, Any]:

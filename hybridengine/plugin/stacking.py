@@ -57,7 +57,11 @@ class Method:
     def active(self, step: int) -> bool:
         """Whether the method acts at this step."""
         decide = getattr(self.plugin, "active", None)
-        return True if decide is None else bool(decide(step))
+        try:
+            return True if decide is None else bool(decide(step))
+        except Exception as error:
+            error.add_note(f"raised by plugin {self.label} in active")
+            raise
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ class Traits:
     paper: str = ""
     combines: str = "anything"
 
+    def __post_init__(self) -> None:
+        for name in ("slots", "requires", "provides", "ignores_inner"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"Traits: {name} must be a tuple of names, got the text {getattr(self, name)!r}")
+
 
 _CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern")
 

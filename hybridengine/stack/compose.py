@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from hybridengine.errors import PluginError
 from hybridengine.plugin.calling import Hooks, blame
 from hybridengine.plugin.traits import Band
 from hybridengine.run import Run
@@ -16,7 +17,14 @@ from hybridengine.seams.context import Context
 from hybridengine.seams.onion import fold
 from hybridengine.seams.types import Batch, Out, Prediction, View
 
-__all__ = ["compose", "evaluation"]
+__all__ = ["OutputsWithLogits", "compose", "evaluation"]
+
+
+@runtime_checkable
+class OutputsWithLogits(Protocol):
+    """What models return and `transform_outputs` changes."""
+
+    logits: Any
 
 
 def compose(run: Run, hooks: Hooks, *, stack_views: bool = True, report: Callable[..., None] | None = None) -> Context:
@@ -31,7 +39,7 @@ def compose(run: Run, hooks: Hooks, *, stack_views: bool = True, report: Callabl
     ctx.gradient = _folded(hooks, "wrap_gradient", base_gradient, Mapping)
     ctx.step = _folded(hooks, "wrap_step", base_step, Mapping)
     ctx.predict = _folded(hooks, "wrap_predict", _base_predict, Prediction)
-    ctx.transform_outputs = hooks.chain("transform_outputs") or ctx.transform_outputs
+    ctx.transform_outputs = hooks.chain("transform_outputs", OutputsWithLogits) or ctx.transform_outputs
     return ctx
 
 
@@ -75,7 +83,13 @@ def evaluation(ctx: Context, hooks: Hooks, *, stored: bool = False) -> Iterator[
     with ExitStack() as stack:
         for method, function in () if stored else hooks.implementations("wrap_evaluation"):
             try:
-                stack.enter_context(function(ctx))
+                context = function(ctx)
+                if not isinstance(context, AbstractContextManager):
+                    kind = type(context).__name__
+                    raise PluginError(
+                        f"plugin {method.label}: wrap_evaluation must return a context manager, got {kind}"
+                    )
+                stack.enter_context(context)
             except Exception as error:
                 blame(error, method, "wrap_evaluation")
                 raise

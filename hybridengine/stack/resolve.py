@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
-from hybridengine.config import Config, Source
+from hybridengine.config import Config, Source, split_entry
 from hybridengine.errors import ConfigError
 from hybridengine.plugin.calling import Hooks
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.plugin.parameters import create
 from hybridengine.plugin.stacking import Method
 
-__all__ = ["DEFAULTS", "Resolved", "as_method", "resolve"]
+__all__ = ["DEFAULTS", "Resolved", "as_method", "plugin_problems", "resolve"]
 
 DEFAULTS = {"build_optimizer": "adamw", "build_scheduler": "linear"}
 """Methods that join where no named method builds the optimizer or the schedule."""
@@ -52,18 +52,64 @@ def resolve(config: Config, source: Source, catalogue: Catalogue, extra: Sequenc
     data_options = dict(config.data.model_extra or {})
     data = _member(config.data.use, data_options, "data", ("data",), source, catalogue, problems)
     methods = [as_method(plugin) for plugin in extra]
-    for index, entry in enumerate(config.methods):
-        name, options = config.method_entries[index]
-        location: tuple[str | int, ...] = ("methods", index) if isinstance(entry, str) else ("methods", index, name)
-        method = _member(name, options, "method", location, source, catalogue, problems)
-        if any(other.name == name for other in methods):
-            problems.append(f"{source.where(location)}: method {name!r} is named twice; keep one entry")
-        elif method is not None:
-            methods.append(method)
+    for index, method in enumerate(methods):
+        if any(other.name == method.name for other in methods[:index]):
+            problems.append(
+                f"methods: two method objects are named {method.name!r}; give one another `name`, or drop it"
+            )
+    methods += _named(enumerate(config.methods), [method.name for method in methods], source, catalogue, problems)
+    if not problems:
+        methods += _defaults(methods, source, catalogue, problems)
     if problems or task is None or data is None:
         raise ConfigError(problems)
-    methods += _defaults(methods, source, catalogue)
     return Resolved(task, data, methods)
+
+
+def plugin_problems(source: Source) -> list[str]:
+    """What is wrong with the plugins of a config that is refused anyway: its entries that are well formed."""
+    problems: list[str] = []
+    catalogue = Catalogue()
+    task = source.values.get("task")
+    if _is_entry(task):
+        name, options = split_entry(task)
+        _member(
+            name, options, "task", ("task",) if isinstance(task, str) else ("task", name), source, catalogue, problems
+        )
+    methods = source.values.get("methods")
+    if isinstance(methods, list):
+        entries = [(index, entry) for index, entry in enumerate(methods) if _is_entry(entry)]
+        _named(entries, [], source, catalogue, problems)
+    return problems
+
+
+def _is_entry(entry: Any) -> TypeGuard[str | dict[str, dict[str, Any] | None]]:
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        return isinstance(entry, str)
+    name, options = next(iter(entry.items()))
+    return isinstance(name, str) and (options is None or isinstance(options, Mapping))
+
+
+def _named(
+    entries: Iterable[tuple[int, Any]],
+    taken: Sequence[str],
+    source: Source,
+    catalogue: Catalogue,
+    problems: list[str],
+) -> list[Method]:
+    """The methods that the config names; what is wrong with them is added to `problems`."""
+    methods: list[Method] = []
+    names = list(taken)
+    for index, entry in entries:
+        name, options = split_entry(entry)
+        location: tuple[str | int, ...] = ("methods", index) if isinstance(entry, str) else ("methods", index, name)
+        if name in names:
+            problems.append(f"{source.where(location)}: method {name!r} is named twice; keep one entry")
+            continue
+        names.append(name)
+        method = _member(name, options, "method", location, source, catalogue, problems)
+        if method is not None:
+            methods.append(method)
+    return methods
 
 
 def as_method(plugin: object) -> Method:
@@ -125,12 +171,12 @@ def _reserved(
     return order, check
 
 
-def _defaults(methods: Sequence[Method], source: Source, catalogue: Catalogue) -> list[Method]:
+def _defaults(methods: Sequence[Method], source: Source, catalogue: Catalogue, problems: list[str]) -> list[Method]:
     added = []
     known = set(catalogue.names())
     for hook_name, name in DEFAULTS.items():
         if name in known and not any(hasattr(m.plugin, hook_name) for m in methods):
-            method = _member(name, {}, "method", (), source, catalogue, [])
+            method = _member(name, {}, "method", (), source, catalogue, problems)
             if method is not None:
                 added.append(method)
     return added

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from hybridengine.errors import ConfigError
 
-__all__ = ["Tracker", "open_tracker"]
+__all__ = ["Tracker", "check_trackers", "open_tracker"]
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -90,13 +90,19 @@ _KINDS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 }
 
 
-def open_tracker(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """The loggers named by `log.to`.
+def check_trackers(names: Sequence[str]) -> None:
+    """Whether the loggers named by `log.to` are there.
 
     Raises:
-        ConfigError: a library is not installed, with the command that installs it.
+        ConfigError: libraries are not installed, with the commands that install them.
     """
-    for name in names:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ConfigError(f"log.to: {name} is not installed; run `pip install {_PACKAGES[name]}` or remove it")
+    missing = [name for name in names if importlib.util.find_spec(_PACKAGES[name]) is None]
+    if missing:
+        raise ConfigError(
+            [f"log.to: {n} is not installed; run `pip install {_PACKAGES[n]}` or remove it" for n in missing]
+        )
+
+
+def open_tracker(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """The loggers named by `log.to`, which `check_trackers` has looked for."""
     return _Several([_KINDS[name](folder, config) for name in names])

@@ -13,6 +13,7 @@ import yaml
 from hybridengine import Engine, load
 from hybridengine.config import load_config
 from hybridengine.data import read_rows
+from hybridengine.errors import ModelError
 from hybridengine.plugin import Catalogue
 from hybridengine.testing import tiny_checkpoint
 
@@ -63,7 +64,11 @@ def test_is_commented_and_tells_how_to_run_it(name: str) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_validates_and_plans_without_writing(name: str, checkpoints: dict[str, Path], workplace: Path) -> None:
     engine = Engine(f"examples/{name}.yaml", overrides(name, checkpoints))
-    assert engine.validate()
+    if name in NEEDS:
+        with pytest.raises(ModelError, match="does not exist"):
+            engine.validate()
+    else:
+        assert engine.validate()
     plan = engine.plan()
     assert all("S" in phase.passes for phase in plan.phases)
     named = {entry for entry, _ in engine.config.method_entries}

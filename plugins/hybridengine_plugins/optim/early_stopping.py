@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from hybridengine.errors import ConfigError, did_you_mean
-from hybridengine.plugin import Run, Traits, hook, parameter
+from hybridengine.plugin import Run, StackView, Traits, hook, parameter
 
 __all__ = ["EarlyStopping"]
 
@@ -23,7 +23,7 @@ class EarlyStopping:
     value and count are part of the run's state, so a resumed run stops at the same step.
 
     Paper: Prechelt 1998, "Early Stopping, But When?".
-    Hooks: `on_evaluate`. Cost: none. Combines with everything.
+    Hooks: `check_stack`, `on_evaluate`. Cost: none. Combines with everything.
     """
 
     traits: ClassVar[Traits] = Traits(family="optim", paper="Prechelt 1998")
@@ -32,6 +32,15 @@ class EarlyStopping:
     metric: str | None = parameter(None, "metric to watch; by default the one that picks the best checkpoint")
     min_delta: float = parameter(0.0, "smallest change that counts as better", ge=0)
     mode: Literal["auto", "max", "min"] = parameter("auto", "whether larger is better; auto knows by the metric's name")
+
+    @hook
+    def check_stack(self, stack: StackView) -> list[str]:
+        """The metric must be one of the task's, unless a method adds others."""
+        known = stack.facts["metrics"]
+        adds = any(hasattr(method.plugin, "transform_metrics") for method in stack.methods)
+        if self.metric is None or self.metric in known or adds:
+            return []
+        return [f"early-stopping: the task has no metric {self.metric!r}.{did_you_mean(self.metric, known)}"]
 
     @hook
     def on_evaluate(self, run: Run, metrics: Mapping[str, Any]) -> None:
