@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hybridengine.batches import Assembler, Sampler, in_order
@@ -50,11 +49,13 @@ class Evaluator:
         finally:
             self._ctx.trace.recording = recording
 
-    def evaluate(self, split: str, *, interval: bool = True, records: Path | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, split: str, *, interval: bool = True, record: Callable[[list[str]], None] | None = None
+    ) -> dict[str, Any]:
         """Metrics of a split; `ci95` is the bootstrap interval of the main one.
 
         Args:
-            records: append one JSON line per row to this file.
+            record: takes one JSON line per row, e.g. to append them to a file.
         """
         run = self._run
         metrics = run.task.metrics(run)
@@ -67,19 +68,18 @@ class Evaluator:
             for name, (value, unit) in prediction.terms.items():
                 sums[name] += float(value)
                 counts[name] += batch.counts[unit]
-            if records is not None:
+            if record is not None:
                 made = run.task.records(run, batch, prediction, rows)
-                for position, record in zip(draw.rows, made, strict=True):
-                    lines.append(json.dumps({"split": split, "row": position, **record}, ensure_ascii=False))
+                for position, values in zip(draw.rows, made, strict=True):
+                    lines.append(json.dumps({"split": split, "row": position, **values}, ensure_ascii=False))
         result: dict[str, Any] = dict(metrics.compute())
         result.update({name: sums[name] / max(counts[name], 1) for name in sums if name not in result})
         result["main"] = run.config.evaluate.metric or run.task.metric
         result = self._hooks.transform("transform_metrics", run, result, expect=dict)
         if interval:
             result["ci95"] = bootstrap_interval(metrics, resamples=run.config.evaluate.resamples, seed=run.seed)
-        if records is not None:
-            with records.open("a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
+        if record is not None:
+            record(lines)
         return result
 
     def _rows(self, split: str, draw: Draw, batch: Batch) -> list[Row]:

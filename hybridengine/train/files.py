@@ -7,14 +7,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hybridengine.errors import OutputError
 
-__all__ = ["MANIFEST", "clear_leftovers", "damage", "replace_folder", "write_json", "write_text"]
+__all__ = ["MANIFEST", "append_lines", "clear_leftovers", "damage", "replace_folder", "write_json", "write_text"]
 
 MANIFEST = "manifest.json"
 _STAGING, _RETIRED, _STAGED = ".staging-", ".retired-", ".staged"
@@ -32,6 +33,12 @@ def write_text(path: Path, text: str) -> None:
             staged.unlink(missing_ok=True)
             raise
         _flush(path.parent)
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to the end of a file."""
+    with _explained(path), path.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -128,6 +135,11 @@ def _explained(path: Path, size: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(_explain(path, size, error)) from error
+    except Exception as error:  # safetensors and tokenizers, written in Rust, tell the system's error in words only
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if told is None:
+            raise
+        raise OutputError(_explain(path, size, OSError(int(told[1]), os.strerror(int(told[1]))))) from error
 
 
 def _explain(path: Path, size: int, error: OSError) -> str:
