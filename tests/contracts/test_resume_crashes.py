@@ -71,7 +71,9 @@ def assert_nothing_is_lost(lab: Lab, name: str, *, every: bool) -> None:
     operations = lab.crash(lab.begun(f"{name}-all"), 0)
     assert sum(line.startswith("rename") for line in operations) >= 4  # both remaining checkpoints, and best/
     kinds = [line.split()[0] for line in operations]
-    chosen = range(1, len(operations) + 1) if every else [1 + kinds.index(kind) for kind in sorted(set(kinds))]
+    chosen = [1 + kinds.index(kind) for kind in sorted(set(kinds))]
+    if every:  # a kill finds the same files before and after a flush, so one of each run of flushes is enough
+        chosen = [i + 1 for i, kind in enumerate(kinds) if kind != "fsync" or kinds[i - 1] != "fsync"]
     lost = []
     for nth in chosen:
         output = lab.begun(f"{name}-{nth}")
@@ -98,7 +100,7 @@ def test_a_process_killed_at_any_time_loses_nothing(lab: Lab) -> None:
     whole = time.perf_counter() - started
     moments = random.Random(0)
     killed = 0
-    for turn in range(20):
+    for turn in range(12):
         output = lab.begun(f"random-{turn}")
         process = lab.context.Process(target=crash_points.train, args=(config_of(output),))
         process.start()
@@ -108,4 +110,4 @@ def test_a_process_killed_at_any_time_loses_nothing(lab: Lab) -> None:
         killed += process.exitcode == -9
         assert (problem := lab.problem(output)) is None, f"turn {turn}: {problem}"
         shutil.rmtree(output)
-    assert killed > 5
+    assert killed > 3
