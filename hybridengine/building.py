@@ -54,7 +54,8 @@ def prepare_data(run: Run, hooks: Hooks, resolved: Resolved) -> None:
     run.splits, run.card = prepare_splits(data, run.task, raw, episodic=episodic)
     run.task.prepare(run, run.splits["train"].rows)
     wanted = run.config.evaluate.metric or run.task.metric
-    run.greater_is_better = greater_is_better(check_metric(wanted, run.task.metric_names, resolved.task.name))
+    main = check_metric(wanted, run.task.metric_names, resolved.task.name)
+    run.greater_is_better = run.task.greater_is_better if main == run.task.metric else greater_is_better(main)
     run.splits = hooks.transform("transform_data", run, run.splits, expect=dict)
 
 
@@ -109,7 +110,7 @@ def _second_model(run: Run, name: str) -> nn.Module:
     """A teacher: a model folder, or the `best/` of a run folder, for the same task."""
     best = Path(name) / "best"
     source = ModelConfig(name=str(best) if best.is_dir() else name)
-    names = list((load_model_config(source).id2label or {}).values())
+    names = list((load_model_config(source, key="teacher").id2label or {}).values())
     if run.labels and names != run.labels:
         raise ModelError(f"{name} cannot teach: its labels are {names[:8]}, this run's are {run.labels[:8]}, in order")
     options = run.task.model_options(run)

@@ -30,7 +30,7 @@ from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.plugin.stacking import StackView
 from hybridengine.predictor import Predictor
 from hybridengine.report import write_report
-from hybridengine.stack import EffectLog, Plan, check_stack, compose, make_plan, resolve
+from hybridengine.stack import EffectLog, Plan, as_method, check_stack, compose, make_plan, resolve
 from hybridengine.stack.plan import training_sampler
 from hybridengine.stack.resolve import plugin_problems
 from hybridengine.stages import stage_configs, train_stages
@@ -80,6 +80,7 @@ class Engine:
         self._done: set[str] = set()
         with self._step("resolve"):
             self._resolved = resolve(self.config, self._source, Catalogue(), methods)
+            self.config.objects = [{m.name: m.described} for m in map(as_method, methods)]
             self._hooks = self._resolved.hooks()
             self._stages = stage_configs(self.config, self._source, methods)
             self._run = initial_run(self.config)
@@ -168,6 +169,7 @@ class Engine:
         self._listen(Event("plan", 0, self._run.total_steps, plan.phases[0].passes, {"plan": plan}))
         self.adapt()  # what is wrong with model, data or methods is told before anything is written
         folder.open(self.config)
+        self._run.folder = folder.path
         try:
             with self._step("train"):
                 return self._train(folder)

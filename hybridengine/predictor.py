@@ -41,7 +41,7 @@ class Predictor:
     def __init__(
         self, folder: str | Path, methods: Sequence[object] = (), data: Mapping[str, Any] | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = _last_stage(Path(folder))
         best = self.folder / "best"
         if not (self.folder / "config.yaml").is_file() or not best.is_dir():
             raise OutputError(f"{folder} holds no trained model; give a run folder that has `config.yaml` and `best/`")
@@ -150,3 +150,9 @@ class Predictor:
                 raise DataError(f"input:{index + 1}: {problem}")
             rows.append(row)
         return rows
+
+
+def _last_stage(folder: Path) -> Path:
+    """The folder that holds `best/`: of a run in stages, the last one's."""
+    stages = sorted(folder.glob("stage-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    return folder if (folder / "best").is_dir() or not stages else stages[-1]

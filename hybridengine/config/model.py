@@ -131,6 +131,18 @@ class Config(Section):
         default_factory=list, description="partial configs run in sequence, each from the last one's best model"
     )
 
+    objects: list[dict[str, dict[str, Any]]] = Field(
+        default_factory=list, description="method objects that Python gave, by name; recorded by the engine"
+    )
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _no_objects(cls, value: Any) -> Any:
+        for entry in value if isinstance(value, list) else []:
+            if not isinstance(entry, str | int | float | dict | list | None):
+                raise ValueError(f"{type(entry).__name__} is an object; pass it as Engine(config, methods=[...])")
+        return value
+
     @field_validator("methods", "task")
     @classmethod
     def _one_name_each(cls, value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def choose_device(wish: str) -> torch.device:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' log lines and progress bars inside, and restore its settings."""
+    """Silence log lines, progress bars and deprecation notes of transformers and PEFT inside; settings are restored."""
     from transformers.utils import logging as hf_logging
 
     verbosity = hf_logging.get_verbosity()
@@ -50,7 +51,9 @@ def quiet() -> Iterator[None]:
     hf_logging.set_verbosity(hf_logging.CRITICAL)
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         hf_logging.set_verbosity(verbosity)
         if bars:
@@ -100,11 +103,11 @@ def _explained(name: str, local: bool, what: str) -> Iterator[None]:
         ) from error
 
 
-def load_model_config(model: ModelConfig) -> Any:
-    """The transformers configuration of a model, without its weights."""
+def load_model_config(model: ModelConfig, *, key: str = "model.name") -> Any:
+    """The transformers configuration of a model, without its weights; errors call its name `key`."""
     from transformers import AutoConfig
 
-    local = _check_place(model.name, "model.name")
+    local = _check_place(model.name, key)
     if local and not (Path(model.name).expanduser() / "config.json").is_file():
         raise ModelError(
             f"{model.name}: there is no config.json, so this is no transformers model folder; give the folder that"

@@ -80,7 +80,7 @@ class HookSpecs:
         Example:
             @hook
             def build_features(self, run, rows):
-                return [run.task.encode(run.tokenizer, "Review: " + row["text"]) for row in rows]
+                return run.task.features(run, [{**row, "text": "Review: " + row["text"]} for row in rows])
         """
 
     @spec

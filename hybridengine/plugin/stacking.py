@@ -39,6 +39,13 @@ class Method:
         return traits if isinstance(traits, Traits) else Traits()
 
     @property
+    def described(self) -> dict[str, Any]:
+        """Hyper-parameters as JSON can hold them."""
+        plain = (int, float, str, bool, list, dict, type(None))
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in self.parameters.items()}
+        return {k: v if isinstance(v, plain) else repr(v) for k, v in listed.items()}
+
+    @property
     def order(self) -> int:
         """Position inside its seams."""
         return self.traits.order if self.order_override is None else self.order_override

@@ -81,7 +81,7 @@ class EffectLog:
         out: dict[str, dict[str, dict[str, float]]] = {}
         for method, effects in self._totals.items():
             out[method] = {
-                name: {"mean": total / count, "last": last, "count": count}
+                name: {"mean": total / count, "last": last, "count": int(count)}
                 for name, (total, count, last) in effects.items()
             }
         return out

@@ -169,14 +169,10 @@ def _layers(hooks: Hooks) -> dict[str, list[str]]:
 
 
 def _member(method: Method) -> dict[str, Any]:
-    parameters = {
-        k: v if isinstance(v, int | float | str | bool | list | dict | None) else repr(v)
-        for k, v in method.parameters.items()
-    }
     return {
         "name": method.name,
         "order": method.order,
-        "parameters": parameters,
+        "parameters": method.described,
         "cost": method.traits.cost,
         "distribution": method.distribution,
         "version": method.version,

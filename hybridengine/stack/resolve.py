@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeGuard
 
 from hybridengine.config import Config, Source, split_entry
@@ -57,6 +57,11 @@ def resolve(config: Config, source: Source, catalogue: Catalogue, extra: Sequenc
             problems.append(
                 f"methods: two method objects are named {method.name!r}; give one another `name`, or drop it"
             )
+    if lost := {name for entry in config.objects for name in entry} - {method.name for method in methods}:
+        problems.append(
+            f"{source.where(('objects',))}: this config was made with the method objects {sorted(lost)} of Python; pass"
+            " them again: Engine(config, methods=[...]) or hybridengine.load(folder, methods=[...])"
+        )
     methods += _named(enumerate(config.methods), [method.name for method in methods], source, catalogue, problems)
     if not problems:
         methods += _defaults(methods, source, catalogue, problems)
@@ -113,17 +118,23 @@ def _named(
 
 
 def as_method(plugin: object) -> Method:
-    """A method object given in Python as a member of the stack, named by its `name` or its class."""
+    """A method object given in Python as a member of the stack, named by its `name` or its class.
+
+    Raises:
+        ConfigError: not an instance of a dataclass, or a parameter out of its range.
+    """
+    if isinstance(plugin, str):
+        raise ConfigError(f"methods: {plugin!r} is a name; names go into the config: methods: [{plugin}]")
     if isinstance(plugin, type):
         raise ConfigError(f"methods: pass an instance, not the class {plugin.__name__}; write {plugin.__name__}()")
     kebab = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", type(plugin).__name__).lower()
     name = str(getattr(plugin, "name", kebab))
-    try:
-        values = {f.name: getattr(plugin, f.name) for f in fields(plugin) if f.init}  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigError(
-            f"methods: {name!r} is not a dataclass; decorate its class with @dataclass(eq=False)"
-        ) from None
+    if not is_dataclass(plugin):
+        raise ConfigError(f"methods: {name!r} is not a dataclass; decorate its class with @dataclass(eq=False)")
+    values = {f.name: getattr(plugin, f.name) for f in fields(plugin) if f.init}
+    _, problems = create(name, type(plugin), values, Source({name: values}, "methods"), (name,))
+    if problems:
+        raise ConfigError(problems)
     return Method(name, plugin, type(plugin).__module__, "", values)
 
 

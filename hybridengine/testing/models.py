@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hybridengine.model import quiet
+
 __all__ = ["WORDS", "tiny_bert", "tiny_checkpoint", "tiny_gpt2", "tiny_llama", "tiny_t5", "tiny_tokenizer"]
 
 WORDS: tuple[str, ...] = tuple(
@@ -179,7 +181,8 @@ def tiny_checkpoint(folder: Path, architecture: str = "bert", auto_class: str | 
     """
     build, family = _FAMILIES[architecture]
     model = build(auto_class, **config) if auto_class else build(**config)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     tiny_tokenizer(family).save_pretrained(folder)
     return folder
 

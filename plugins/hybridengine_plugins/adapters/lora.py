@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hybridengine.errors import ModelError
+from hybridengine.model import quiet
 from hybridengine.plugin import Band, Run, Traits, hook, parameter
 from hybridengine.seams import mix
 
@@ -82,7 +83,7 @@ class LoRA:
             task_type=next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
             fan_in_fan_out=_transposed(model, targets),
         )
-        with _seeded(mix(run.seed, "lora"), model):
+        with quiet(), _seeded(mix(run.seed, "lora"), model):
             adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
         whole = f"; {', '.join(heads)} trained in full" if heads else ""
         run.say(f"lora: rank {self.r} on {_count(adapted)} layers{whole}")
