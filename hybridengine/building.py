@@ -112,7 +112,10 @@ def _second_model(run: Run, name: str) -> nn.Module:
     source = ModelConfig(name=str(best) if best.is_dir() else name)
     names = list((load_model_config(source, key="teacher").id2label or {}).values())
     if run.labels and names != run.labels:
-        raise ModelError(f"{name} cannot teach: its labels are {names[:8]}, this run's are {run.labels[:8]}, in order")
+        raise ModelError(
+            f"{name} cannot teach: its labels are {names[:8]}, this run's are {run.labels[:8]}, in order; give a model"
+            " that was trained with these labels"
+        )
     options = run.task.model_options(run)
     teacher, missing = load_model(run.task.auto_class, source, options, seed=run.seed, key="teacher")
     if missing:
@@ -120,7 +123,8 @@ def _second_model(run: Run, name: str) -> nn.Module:
             f"{name} cannot teach: it has no weights for {', '.join(missing[:3])}; give a model that was trained on"
             " this task with these labels"
         )
-    return teacher.to(run.device)
+    configured: nn.Module = run.task.configure(run, teacher)
+    return configured.to(run.device)
 
 
 def adapt_model(run: Run, hooks: Hooks) -> None:
@@ -148,6 +152,7 @@ def adapt_model(run: Run, hooks: Hooks) -> None:
 def _probe_batch(run: Run) -> dict[str, Any]:
     """Inputs of the shape to come, on which the embedding sites are found."""
     features = run.task.features(run, list(run.splits["train"].rows[:2]))
+    _check_vocabulary(run, {"train": features})
     batch = run.task.collate(run, features, run.splits["train"].ids(range(len(features))), run.random)
     return dict(batch.to(run.device).inputs)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hybridengine.config import Config
-from hybridengine.data.rows import Split
+from hybridengine.data.rows import Split, row_places
 from hybridengine.errors import ModelError
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.randomness import KeyedRows
@@ -119,6 +119,10 @@ class Run:
         """A frozen copy of the model in evaluation mode (a teacher, an average)."""
         twin: nn.Module = copy.deepcopy(self.model)
         return twin.eval().requires_grad_(False)
+
+    def places(self, rows: Sequence[int]) -> list[str]:
+        """`file:row` of rows by their global ids, for messages."""
+        return row_places(self.splits, rows)
 
     def say(self, note: str) -> None:
         """Tell the user something once."""

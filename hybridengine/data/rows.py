@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["SPLITS", "TARGET_ROLES", "Split"]
+__all__ = ["SPLITS", "TARGET_ROLES", "Split", "row_places"]
 
 SPLITS = ("train", "validation", "test", "unlabelled")
 TARGET_ROLES = frozenset({"label", "labels", "tags", "summary", "target"})
@@ -53,3 +53,13 @@ class Split:
         """A split of some of the rows, origins kept."""
         rows = [self.rows[i] for i in positions]
         return Split(name or self.name, rows, self.source, [self.lines[i] for i in positions])
+
+
+def row_places(splits: Mapping[str, Split], ids: Sequence[int]) -> list[str]:
+    """`file:row` of rows by their global ids; the id itself where no split holds it."""
+    places = []
+    for number in ids:
+        index, position = divmod(number, _STRIDE)
+        split = splits.get(SPLITS[index]) if 0 <= index < len(SPLITS) else None
+        places.append(split.where(position) if split is not None and position < len(split) else str(number))
+    return places

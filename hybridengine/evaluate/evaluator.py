@@ -77,7 +77,8 @@ class Evaluator:
         result["main"] = run.config.evaluate.metric or run.task.metric
         result = self._hooks.transform("transform_metrics", run, result, expect=dict)
         if interval:
-            result["ci95"] = bootstrap_interval(metrics, resamples=run.config.evaluate.resamples, seed=run.seed)
+            bounds = bootstrap_interval(metrics, resamples=run.config.evaluate.resamples, seed=run.seed)
+            result["ci95"] = None if bounds is None else list(bounds)
         if record is not None:
             record(lines)
         return result

@@ -4,6 +4,7 @@ from hybridengine.model.depth import parameter_levels
 from hybridengine.model.loading import (
     capabilities_of,
     choose_device,
+    hub_or_cache,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -13,6 +14,7 @@ from hybridengine.model.loading import (
 __all__ = [
     "capabilities_of",
     "choose_device",
+    "hub_or_cache",
     "load_model",
     "load_model_config",
     "load_tokenizer",

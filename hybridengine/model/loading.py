@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -18,6 +21,7 @@ from hybridengine.errors import ConfigError, ModelError
 __all__ = [
     "capabilities_of",
     "choose_device",
+    "hub_or_cache",
     "load_model",
     "load_model_config",
     "load_tokenizer",
@@ -79,9 +83,32 @@ def _check_place(name: str, key: str) -> bool:
 
 
 @contextlib.contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Where the hub has no address here, only the local cache is asked: the hub's library would retry for 23 s."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or _out_of_reach(urlsplit(constants.ENDPOINT).hostname or "")
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _out_of_reach(host: str) -> bool:
+    if getproxies():
+        return False  # a proxy looks names up itself
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
 def _explained(name: str, local: bool, what: str) -> Iterator[None]:
     try:
-        with quiet():
+        with quiet(), contextlib.nullcontext() if local else hub_or_cache():
             yield
     except ModelError:
         raise

@@ -160,7 +160,8 @@ class Gradients:
         bad = [row for rows, loss in self.witness if not torch.isfinite(loss).all() for row in rows]
         what = "loss is not finite" if bad else f"loss is finite but the gradient norm is {norm}"
         rows = bad or [row for rows, _ in self.witness for row in rows]
+        places = ", ".join(self.run.places(sorted(set(rows))[:32]))
         return (
-            f"step {self.run.step + 1}: the {what} on rows {sorted(set(rows))[:32]}; the update was not made and the"
+            f"step {self.run.step + 1}: the {what} on rows [{places}]; the update was not made and the"
             " weights are unchanged. Look at these rows, lower `train.lr`, or use `precision: fp32`."
         )

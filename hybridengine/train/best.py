@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hybridengine.errors import OutputError
 from hybridengine.model.loading import quiet
@@ -14,6 +14,7 @@ from hybridengine.plugin.calling import Hooks
 from hybridengine.run import Run
 from hybridengine.seams.context import Context
 from hybridengine.stack.compose import evaluation
+from hybridengine.train.checkpoint import write_tensors
 from hybridengine.train.files import damage, replace_folder
 
 __all__ = ["load_best", "save_best"]
@@ -25,13 +26,13 @@ def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
         run.model.save_pretrained(staging)
         run.tokenizer.save_pretrained(staging)
         modules = {
-            f"{name}/{key}": value.detach().cpu().contiguous()
+            f"{name}/{key}": value
             for name, module in run.modules.items()
             if name not in run.static_modules
             for key, value in module.state_dict().items()
         }
         if modules:
-            save_file(modules, staging / "run_modules.safetensors")
+            write_tensors(staging / "run_modules.safetensors", modules)
         about = {"step": run.step, "labels": run.labels, "task": run.config.task_entry[0]}
         (staging / "hybridengine.json").write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
 

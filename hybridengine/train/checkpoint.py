@@ -19,7 +19,7 @@ from hybridengine.run import Run
 from hybridengine.stack.effects import EffectLog
 from hybridengine.train.files import damage, replace_folder
 
-__all__ = ["Checkpoints", "Progress"]
+__all__ = ["Checkpoints", "Progress", "write_tensors"]
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Checkpoints:
         effects.flush()  # what methods reported since the last log line belongs to the checkpoint
         target = self.folder / f"step-{run.step:08d}"
         with replace_folder(target) as staging:
-            _write_tensors(staging / "parameters.safetensors", {k: p.detach() for k, p in run.may_optimise.items()})
-            _write_tensors(staging / "buffers.safetensors", _buffers(run))
+            write_tensors(staging / "parameters.safetensors", {k: p.detach() for k, p in run.may_optimise.items()})
+            write_tensors(staging / "buffers.safetensors", _buffers(run))
             _write_optimizer(staging, run.optimizer)
             _write_states(staging, run.states)
             trainer = {
@@ -101,8 +101,8 @@ class Checkpoints:
         return Progress(**trainer["progress"])
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Tied tensors share storage, which safetensors refuses; contiguous copies of the duplicates are written.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors; of tied ones, which share storage and which safetensors refuses, contiguous copies."""
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():
@@ -148,7 +148,7 @@ def _write_optimizer(folder: Path, optimizer: Any) -> None:
                 tensors[f"{index}/{key}"] = value
             else:
                 plain[f"{index}/{key}"] = value
-    _write_tensors(folder / "optimizer.safetensors", tensors)
+    write_tensors(folder / "optimizer.safetensors", tensors)
     (folder / "optimizer.json").write_text(json.dumps({"plain": plain, "groups": _plain(state["param_groups"])}))
 
 
@@ -172,7 +172,7 @@ def _write_states(folder: Path, states: Mapping[str, Mapping[str, Any]]) -> None
                 tensors[f"{method}/{key}"] = value
             else:
                 plain[f"{method}/{key}"] = value
-    _write_tensors(folder / "states.safetensors", tensors)
+    write_tensors(folder / "states.safetensors", tensors)
     (folder / "states.json").write_text(json.dumps({"methods": list(states), "plain": plain}), encoding="utf-8")
 
 

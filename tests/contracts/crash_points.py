@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hybridengine.engine import Engine
-from hybridengine.train import best, checkpoint
+from hybridengine.train import checkpoint
 
 _Call = Callable[..., Any]
 
@@ -50,8 +50,7 @@ def train_dying_at(config: dict[str, Any], nth: int, record: Path) -> None:
         setattr(os, name, crash.watched(name, getattr(os, name)))
     os.fsync = crash.watched("fsync", os.fsync)
     Path.write_text = crash.watched("write_text", Path.write_text, writes=True)  # type: ignore[method-assign]
-    for module in (best, checkpoint):
-        module.save_file = crash.watched("save_file", module.save_file, path_at=1, writes=True)  # type: ignore[attr-defined]
+    checkpoint.save_file = crash.watched("save_file", checkpoint.save_file, path_at=1, writes=True)
     Engine(config).train()
 
 

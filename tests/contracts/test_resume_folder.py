@@ -17,7 +17,7 @@ from tiny_runs import StopAfter, leftovers, run_bits, run_config, text_rows, tra
 
 from hybridengine.engine import Engine
 from hybridengine.errors import OutputError, Stopped
-from hybridengine.train import best, checkpoint
+from hybridengine.train import checkpoint
 
 
 def config_of(output: Path) -> dict[str, Any]:
@@ -150,8 +150,7 @@ def full_disk(nth: int) -> Iterator[FullDisk]:
         patch.setattr(os, "fsync", disk.watched(os.fsync))
         patch.setattr(Path, "write_text", disk.watched(Path.write_text))
         patch.setattr(Path, "open", open_)
-        for module in (best, checkpoint):
-            patch.setattr(module, "save_file", disk.watched(module.save_file))
+        patch.setattr(checkpoint, "save_file", disk.watched(checkpoint.save_file))
         yield disk
 
 

@@ -49,8 +49,12 @@ _ROWS = {"token-classification": tagged_rows, "summarization": summary_rows}
 
 
 @functools.cache
-def checkpoint(architecture: str = "bert", auto_class: str | None = None, **config: Any) -> str:
-    """The folder of a tiny checkpoint, made once per process."""
+def checkpoint(
+    architecture: str = "bert", auto_class: str | None = None, labels: tuple[str, ...] = (), **config: Any
+) -> str:
+    """The folder of a tiny checkpoint, made once per process; `labels` name a classification head's outputs."""
+    if labels:
+        config.update(id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)})
     folder = Path(tempfile.mkdtemp(prefix="hybridengine-tiny-"))
     return str(tiny_checkpoint(folder, architecture, auto_class, **config))
 

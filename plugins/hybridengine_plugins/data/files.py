@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from hybridengine.data import SPLITS, SUFFIXES, columns_to_rows, read_rows
 from hybridengine.errors import DataError
+from hybridengine.model import hub_or_cache
 from hybridengine.plugin import Run, Split, Traits, hook, parameter
 
 __all__ = ["Files"]
@@ -135,7 +136,8 @@ def _load_from_hub(source: str, name: str) -> Any:
     failure: Exception | None = None
     for repository, config in candidates:
         try:
-            return datasets.load_dataset(repository, config, split=split or name)
+            with hub_or_cache():
+                return datasets.load_dataset(repository, config, split=split or name)
         except Exception as error:  # network, hub, parsing and configuration errors share no base class
             failure = failure or error
     raise DataError(

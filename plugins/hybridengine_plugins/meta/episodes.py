@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridengine.data import label_name
-from hybridengine.errors import DataError
+from hybridengine.errors import DataError, StackError
 from hybridengine.plugin import Band, Run, Split, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Draw, Prediction, View, permutation, weighted_sum
 
@@ -62,8 +62,14 @@ class Episodes:
         """Let the task number the classes of all splits; the model's outputs (`run.labels`) are the ways.
 
         Raises:
+            StackError: for a task whose rows have no label of their own.
             DataError: for rows with several labels.
         """
+        if "label" not in run.task.columns:
+            raise StackError(
+                f"episodes cuts rows by their label, but this task reads {', '.join(run.task.columns)}; remove episodes"
+                " from methods, or use a classification task"
+            )
         labelled = {name: [row for row in split.rows if "label" in row] for name, split in splits.items()}
         if any(isinstance(row["label"], list | tuple) for rows in labelled.values() for row in rows):
             raise DataError("episodes: every row must have one label, not a list; use a task without `multi_label`")

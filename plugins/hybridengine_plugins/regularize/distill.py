@@ -48,7 +48,11 @@ class Distill:
     def on_run_start(self, run: Run) -> None:
         """Load the teacher, frozen and without dropout."""
         self._taught.clear()
-        run.add_module("teacher", run.load_model(self.teacher).eval().requires_grad_(False))
+        try:
+            teacher = run.load_model(self.teacher)
+        except ModelError as error:
+            raise ModelError(f"distill: {error}") from error
+        run.add_module("teacher", teacher.eval().requires_grad_(False), static=True)
 
     @hook
     def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
