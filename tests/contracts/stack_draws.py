@@ -1,0 +1,164 @@
+"""Every shipped method with parameters that make sense on a tiny model, and a probe that watches a run from inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from hypothesis import strategies as st
+from tiny_runs import LABELS, checkpoint
+from torch import Tensor
+
+from hybridengine.plugin import Run, Traits, hook
+from hybridengine.seams import Context, Work
+from hybridengine.seams.trace import summarise
+
+_DROPOUT = {
+    "bert": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "llama": {},
+    "t5": {"dropout_rate": 0.1},
+}
+_TAGS = ("B-LOC", "B-PER", "O")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A task on a tiny model of one family."""
+
+    task: str
+    architecture: str
+    head: str | None = None
+    dropout: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.task} on {self.architecture}{'' if self.dropout else ' without dropout'}"
+
+    def model(self) -> str:
+        """The checkpoint to tune: a language model, whose classification heads are new."""
+        return checkpoint(self.architecture, **(_DROPOUT[self.architecture] if self.dropout else {}))
+
+    def teacher(self) -> str:
+        """A checkpoint that was `trained` on this task."""
+        labels = {"text-classification": tuple(sorted(LABELS)), "token-classification": _TAGS}.get(self.task, ())
+        return checkpoint(self.architecture, self.head, labels, seed=1)
+
+
+SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
+GROUNDS = (
+    Ground("text-classification", "bert", SEQUENCE),
+    Ground("text-classification", "bert", SEQUENCE, dropout=False),
+    Ground("text-classification", "llama", SEQUENCE),
+    Ground("text-classification", "gpt2", SEQUENCE),
+    Ground("token-classification", "bert", TOKEN),
+    Ground("masked-language-modeling", "bert", "AutoModelForMaskedLM"),
+    Ground("language-modeling", "gpt2", "AutoModelForCausalLM"),
+    Ground("summarization", "t5", "AutoModelForSeq2SeqLM"),
+)
+
+Parameters = Callable[[Ground], st.SearchStrategy[dict[str, Any]]]
+
+
+def _some(**choices: Sequence[Any]) -> Parameters:
+    """Each parameter from its choices."""
+    return lambda ground: st.fixed_dictionaries({k: st.sampled_from(list(v)) for k, v in choices.items()})
+
+
+def _weights(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
+    labels = _TAGS if ground.task == "token-classification" else LABELS
+    return st.just({"weights": {label: 0.5 + index for index, label in enumerate(labels)}})
+
+
+def _teacher(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
+    return st.sampled_from([0.3, 0.7]).map(lambda alpha: {"teacher": ground.teacher(), "alpha": alpha})
+
+
+PARAMETERS: dict[str, Parameters] = {
+    "adamw": _some(weight_decay=(0.0, 0.01)),
+    "class-weights": _weights,
+    "constant": _some(warmup=(0.0, 1)),
+    "cosine": _some(floor=(0.0, 0.1)),
+    "distill": _teacher,
+    "early-stopping": _some(patience=(5,)),
+    "eda": _some(alpha=(0.2,), copies=(1, 2)),
+    "ema": _some(decay=(0.5, 0.99)),
+    "episodes": _some(ways=(2, 3), shots=(1,), queries=(2,), per_epoch=(12,), evaluation_episodes=(2,)),
+    "fgm": _some(epsilon=(0.1, 1.0)),
+    "freelb": _some(steps=(2, 3), init=(0.0, 0.5), epsilon=(None, 0.3), norm=("l2", "linf")),
+    "freeze": _some(layers=(0, 1)),
+    "full": _some(),
+    "gradual-unfreeze": _some(steps=(1, 2)),
+    "label-smoothing": _some(smoothing=(0.1, 0.3)),
+    "linear": _some(warmup=(0.0, 1)),
+    "llrd": _some(decay=(0.5, 0.9)),
+    "lora": _some(r=(2,), dropout=(0.0, 0.1)),
+    "maml": _some(inner_steps=(1, 2), first_order=(False, True), inner_loss=("task", "full")),
+    "pgd": _some(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),
+    "rdrop": _some(alpha=(0.5, 1.0)),
+    "reptile": _some(inner_steps=(2, 3)),
+    "sam": _some(rho=(0.05,), adaptive=(False, True)),
+    "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
+    "vat": _some(steps=(1, 2)),
+    "weight-decay": _some(value=(0.1,)),
+}
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> tuple[Ground, list[dict[str, Any]], dict[str, Any]]:
+    """A ground, 1 to 4 methods with parameters, and options of the `train` section."""
+    ground = draw(st.sampled_from(GROUNDS))
+    names = draw(st.lists(st.sampled_from(sorted(PARAMETERS)), min_size=1, max_size=4, unique=True))
+    if {"maml", "reptile"} & set(names) and "episodes" not in names and draw(st.booleans()):
+        names.append("episodes")  # else meta-learning would nearly always be refused
+    methods = [{name: draw(PARAMETERS[name](ground))} for name in names]
+    return ground, methods, {"accumulate": draw(st.sampled_from([1, 2])), "seed": draw(st.integers(0, 3))}
+
+
+@dataclass(eq=False)
+class Probe:
+    """Outermost in every step: which weights moved, which passes were made, and whether evaluation left them alone."""
+
+    name: ClassVar[str] = "probe"
+    traits: ClassVar[Traits] = Traits(order=1000)
+
+    passes: list[dict[str, int]] = field(default_factory=list, init=False)
+    moved: set[str] = field(default_factory=set, init=False)
+    problems: list[str] = field(default_factory=list, init=False)
+    _after: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    @hook
+    def wrap_step(
+        self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
+    ) -> Mapping[str, Tensor]:
+        if ctx.run.dry:  # type: ignore[attr-defined]
+            return inner(ctx, works)
+        before = _copied(ctx.run)
+        if self._after and (changed := _different(self._after, before)):
+            self.problems.append(f"between two steps, {changed} changed")
+        ctx.trace.clear()
+        ctx.trace.recording = True
+        try:
+            terms = inner(ctx, works)
+        finally:
+            ctx.trace.recording = False
+        self.passes.append(summarise(ctx.trace.events))
+        self._after = _copied(ctx.run)
+        changed = _different(before, self._after)
+        allowed = {k for k in ctx.run.may_optimise if "/" not in k}  # type: ignore[attr-defined]
+        if wrong := changed - allowed:
+            self.problems.append(f"{wrong} moved, but is not optimised")
+        self.moved |= changed
+        if bad := [name for name, value in terms.items() if not torch.isfinite(torch.as_tensor(value)).all()]:
+            self.problems.append(f"terms {bad} are not finite")
+        return terms
+
+
+def _copied(run: Any) -> dict[str, Tensor]:
+    model: Run = run
+    return {name: p.detach().clone() for name, p in model.model.named_parameters()}
+
+
+def _different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    return {name for name, value in one.items() if not torch.equal(value, other[name])}
