@@ -20,6 +20,8 @@ from hybridengine.engine import Engine
 
 _PRELOAD = ["hybridengine.engine", "hybridengine.testing", "transformers.models.bert.modeling_bert", "torch"]
 
+_HARD = ("save_file", "rename", "unlink", "replace")  # the default suite dies at the first of each, the slow one at all
+
 
 def config_of(output: Path) -> dict[str, Any]:
     """Dropout, averaged weights in `best/`, and one checkpoint kept, so that every save also deletes the old one."""
@@ -71,7 +73,7 @@ def assert_nothing_is_lost(lab: Lab, name: str, *, every: bool) -> None:
     operations = lab.crash(lab.begun(f"{name}-all"), 0)
     assert sum(line.startswith("rename") for line in operations) >= 4  # both remaining checkpoints, and best/
     kinds = [line.split()[0] for line in operations]
-    chosen = [1 + kinds.index(kind) for kind in sorted(set(kinds))]
+    chosen = [1 + kinds.index(kind) for kind in _HARD]
     if every:  # a kill finds the same files before and after a flush, so one of each run of flushes is enough
         chosen = [i + 1 for i, kind in enumerate(kinds) if kind != "fsync" or kinds[i - 1] != "fsync"]
     lost = []
@@ -84,7 +86,7 @@ def assert_nothing_is_lost(lab: Lab, name: str, *, every: bool) -> None:
     assert not lost, "\n".join(lost)
 
 
-def test_a_process_killed_at_the_first_file_operation_of_each_kind_loses_nothing(lab: Lab) -> None:
+def test_a_process_killed_in_a_write_a_rename_or_a_removal_loses_nothing(lab: Lab) -> None:
     assert_nothing_is_lost(lab, "some", every=False)
 
 
