@@ -27,8 +27,8 @@ class PGD:
     The ascents evaluate the task's own loss under the dropout masks of the training pass and compute no weight
     gradients, so nothing has to be backed up. One step of step_size = epsilon is FGM with weight 1.
 
-    Hook: `wrap_backward`. Defaults: epsilon 1, step_size 0.3, 3 steps, as in the text classification folklore for
-    BERT-size embeddings; 3 x 0.3 stays just inside the ball.
+    Hook: `wrap_backward`. Defaults: epsilon 0.1 as for `fgm`, half of it a step, 3 steps, so that the projection
+    is felt.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -42,8 +42,8 @@ class PGD:
         combines="lora, rdrop, ema, episodes; not with another embedding attack",
     )
 
-    epsilon: float = parameter(1.0, "radius of the ball per sequence (linf: half width of the box)", ge=0)
-    step_size: float = parameter(0.3, "length of one ascent step", gt=0)
+    epsilon: float = parameter(0.1, "radius of the ball per sequence (linf: half width of the box)", ge=0)
+    step_size: float = parameter(0.05, "length of one ascent step", gt=0)
     steps: int = parameter(3, "ascent steps", ge=1)
     norm: Literal["l2", "linf"] = parameter("l2", "norm of steps and ball")
     start: int = parameter(0, "first optimizer step with the attack", ge=0)
