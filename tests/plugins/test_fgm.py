@@ -51,13 +51,13 @@ def test_matches_the_paper(epsilon: float, weight: float, norm: Any) -> None:
 
 
 def test_weight_one_trains_on_the_adversarial_input_alone() -> None:
-    bench = match(FGM(weight=1.0), reference(1.0, 1.0))
+    bench = match(FGM(epsilon=1.0, weight=1.0), reference(1.0, 1.0))
     assert bench.ctx.trace.text() == "F4 G F4 B S"
     assert cost_of(bench.ctx.trace.events, 4) == 5
 
 
 def test_cost_is_two_full_passes() -> None:
-    bench = set_up([FGM()], bert(), make_batch())
+    bench = set_up([FGM(epsilon=1.0)], bert(), make_batch())
     bench.step([make_batch()])
     assert bench.ctx.trace.text() == "F4 b F4 B S"
     assert cost_of(bench.ctx.trace.events, 4) == 6
@@ -91,20 +91,20 @@ def test_each_sequence_moves_by_epsilon(epsilon: float, size: int, length: int, 
 
 def test_both_passes_see_the_same_dropout() -> None:
     spy = Spy()
-    set_up([FGM()], bert(), make_batch(), task=spy).step([make_batch()])
+    set_up([FGM(epsilon=1.0)], bert(), make_batch(), task=spy).step([make_batch()])
     assert len(set(spy.keys)) == 1
 
 
 def test_invariants() -> None:
-    for stack in (lambda: [FGM()], lambda: [FGM(weight=1.0)], lambda: [FGM(norm="linf", epsilon=0.05)]):
+    for stack in (lambda: [FGM(epsilon=1.0)], lambda: [FGM(epsilon=1.0, weight=1.0)], lambda: [FGM(norm="linf", epsilon=0.05)]):
         check_accumulation(stack)
         check_padding(stack)
         check_loss_scale(stack)
-    check_restores(lambda: [FGM()], forwards=2)
+    check_restores(lambda: [FGM(epsilon=1.0)], forwards=2)
 
 
 def test_starts_when_told() -> None:
-    bench = set_up([FGM(start=1)], bert(), make_batch())
+    bench = set_up([FGM(epsilon=1.0, start=1)], bert(), make_batch())
     bench.step([make_batch()])
     assert bench.ctx.trace.text() == "F4 B S"
     bench.step([make_batch()])
@@ -113,7 +113,7 @@ def test_starts_when_told() -> None:
 
 def test_reported_gain_is_the_loss_difference() -> None:
     batch = make_batch()
-    bench, plain = set_up([FGM()], bert(0.0), batch), Plain(bert(0.0))
+    bench, plain = set_up([FGM(epsilon=1.0)], bert(0.0), batch), Plain(bert(0.0))
     bench.step([batch])
     zero = plain.zeros(batch)
     delta = unit(torch.autograd.grad(plain.loss(batch, 0, zero), zero)[0])
@@ -125,8 +125,8 @@ def test_reported_gain_is_the_loss_difference() -> None:
 def test_shared_between_passes_of_an_outer_method() -> None:
     """Inside `ctx.sharing` (AWP) the attack is made once and still trains the clean share."""
     batch, spy = make_batch(), Spy()
-    bench = set_up([FGM()], bert(0.0), batch, task=spy)
-    alone = set_up([FGM()], bert(0.0), batch).gradients([batch])
+    bench = set_up([FGM(epsilon=1.0)], bert(0.0), batch, task=spy)
+    alone = set_up([FGM(epsilon=1.0)], bert(0.0), batch).gradients([batch])
     ctx = bench.ctx
     plain_gradient = ctx.gradient
 
@@ -188,14 +188,14 @@ def assert_attacks(bench: Any, batch: Batch, spy: Spy, plain: dict[str, Tensor])
 def test_lora_on_frozen_embeddings() -> None:
     batch, spy = make_batch(), Spy()
     assert popular_change(lora_bert(), batch) == 0
-    bench = set_up([FGM()], lora_bert(), batch, task=spy)
+    bench = set_up([FGM(epsilon=1.0)], lora_bert(), batch, task=spy)
     assert_attacks(bench, batch, spy, gradients(list, [batch], lora_bert()))
 
 
 def test_t5_at_both_sites() -> None:
     batch, spy = make_batch(kind="seq2seq"), Spy("tokens")
     assert popular_change(tiny_t5().double(), batch) == 0
-    bench = set_up([FGM()], tiny_t5().double(), batch, task=spy)
+    bench = set_up([FGM(epsilon=1.0)], tiny_t5().double(), batch, task=spy)
     assert_attacks(bench, batch, spy, gradients(list, [batch], tiny_t5().double(), task=SimpleTask("tokens")))
     assert len(spy.deltas[-1]) == 2
     assert all(delta.flatten(1).norm(dim=1).min() > 0 for delta in spy.deltas[-1].values())
@@ -226,7 +226,7 @@ def bag() -> Bag:
 def test_compiled_model(make: Any) -> None:
     batch, spy = make_batch(), Spy()
     try:
-        bench = set_up([FGM()], make(), batch, task=spy)
+        bench = set_up([FGM(epsilon=1.0)], make(), batch, task=spy)
         bench.run.forward_model = torch.compile(bench.run.model, backend="aot_eager")
         assert popular_change(bench.run.model, batch, bench.run.forward_model) == 0
         attacked = bench.gradients([batch])
@@ -235,5 +235,5 @@ def test_compiled_model(make: Any) -> None:
     norms = sequence_norms(spy.deltas[-1])
     torch.testing.assert_close(norms, torch.ones_like(norms))
     # No dropout: compiled and eager differ by the rounding of fused operations alone.
-    assert apart(attacked, gradients(lambda: [FGM()], [batch], make())) < 1e-9
+    assert apart(attacked, gradients(lambda: [FGM(epsilon=1.0)], [batch], make())) < 1e-9
     assert apart(attacked, gradients(list, [batch], make())) > 1e-3
