@@ -96,7 +96,11 @@ def test_both_passes_see_the_same_dropout() -> None:
 
 
 def test_invariants() -> None:
-    for stack in (lambda: [FGM(epsilon=1.0)], lambda: [FGM(epsilon=1.0, weight=1.0)], lambda: [FGM(norm="linf", epsilon=0.05)]):
+    for stack in (
+        lambda: [FGM(epsilon=1.0)],
+        lambda: [FGM(epsilon=1.0, weight=1.0)],
+        lambda: [FGM(norm="linf", epsilon=0.05)],
+    ):
         check_accumulation(stack)
         check_padding(stack)
         check_loss_scale(stack)
