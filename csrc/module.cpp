@@ -13,6 +13,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cross_entropy/cross_entropy.h"
+#include "dropout/dropout.h"
 #include "perturb/perturb.h"
 
 namespace py = pybind11;
@@ -39,6 +40,12 @@ void call_scale_rows(int element, Address gradient, int64_t rows, int64_t classe
                      int64_t factor_stride) {
   scale_rows(static_cast<ElementType>(element), pointer<void>(gradient), rows, classes, pointer<const void>(factor),
              factor_stride);
+}
+
+void call_dropout(int element, Address input, Address output, int64_t count, uint64_t seed, uint32_t threshold,
+                  double scale) {
+  dropout({static_cast<ElementType>(element), pointer<const void>(input), pointer<void>(output), count, seed, threshold,
+           scale});
 }
 
 // delta, gradient, mask, output, length, width
@@ -70,6 +77,7 @@ PYBIND11_MODULE(_native, module) {
   const py::call_guard<py::gil_scoped_release> without_gil;
   module.def("cross_entropy", &call_cross_entropy, without_gil);
   module.def("scale_rows", &call_scale_rows, without_gil);
+  module.def("dropout", &call_dropout, without_gil);
   module.def("perturb_step", &call_perturb_step, without_gil);
 
   module.def("isa", &isa_name);

@@ -4,6 +4,8 @@
 
     loss = kernels.cross_entropy(logits, target)                      # forward and gradient in one pass
     delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
+    with kernels.fast_dropout():                                      # a model's dropout on CPUs, drawn in parallel
+        output = model(**inputs)
     kernels.explain()                                                 # which implementation runs, and why not another
 
 One folder an operation: `reference.py` is the specification, its neighbours are the ways to run it.
@@ -13,6 +15,8 @@ One folder an operation: `reference.py` is the specification, its neighbours are
 # first imported, which happens here, before the line that imports the function from it is finished.
 from hybridengine.kernels.cross_entropy import CrossEntropyLoss, cross_entropy
 from hybridengine.kernels.dispatch import Row, explain, read_environment, reset_used, used
+from hybridengine.kernels.dropout import dropout
+from hybridengine.kernels.dropout.mode import fast_dropout
 from hybridengine.kernels.memory import pool_report, release_pool, tune_allocator
 from hybridengine.kernels.native import set_isa
 from hybridengine.kernels.perturb import perturb_step
@@ -21,7 +25,9 @@ __all__ = [
     "CrossEntropyLoss",
     "Row",
     "cross_entropy",
+    "dropout",
     "explain",
+    "fast_dropout",
     "perturb_step",
     "pool_report",
     "read_environment",

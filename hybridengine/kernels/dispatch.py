@@ -76,7 +76,7 @@ class Operation:
             KernelUnavailable: if the one asked for cannot; the message lists every reason.
         """
         if impl is not None or _overrides:  # nothing more is asked of a call without wishes: small losses feel it
-            requested = impl or _overrides.get(self.name)
+            requested = impl or self.wanted()
             if requested is not None:
                 return self._named(requested, "impl" if impl else ENVIRONMENT, args)
         for candidate in self.implementations.values():
@@ -84,6 +84,10 @@ class Operation:
                 continue
             return candidate
         raise KernelUnavailable(f"no implementation of {self.name} can run: {self.reasons(*args)}")
+
+    def wanted(self) -> str | None:
+        """The implementation that `HYBRIDENGINE_IMPL` asks for."""
+        return _overrides.get(self.name)
 
     def _named(self, name: str, origin: str, args: tuple[Any, ...]) -> Implementation:
         chosen = self.implementations.get(name)

@@ -50,6 +50,10 @@ class NativeModule(Protocol):
         self, element: int, gradient: int, rows: int, classes: int, factor: int, factor_stride: int, /
     ) -> None: ...
 
+    def dropout(
+        self, element: int, input: int, output: int, count: int, seed: int, threshold: int, scale: float, /
+    ) -> None: ...
+
     def perturb_step(
         self,
         element: int,

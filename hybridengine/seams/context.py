@@ -118,6 +118,8 @@ class Context(Gradients):
         with self._evaluating(view.params):
             with contextlib.ExitStack() as stack:
                 stack.enter_context(dropout_key(self.run.device, view.key))
+                if self._may_draw_fast(target):
+                    stack.enter_context(kernels.fast_dropout())
                 if view.delta:
                     stack.enter_context(self.sites.armed(view.delta))
                 stack.enter_context(self.run.precision.autocast(self.run.device))
@@ -133,6 +135,12 @@ class Context(Gradients):
             states = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
             hidden = states[-1]
         return Out({}, outputs.logits, hidden, view)
+
+    def _may_draw_fast(self, target: nn.Module) -> bool:
+        """Whether dropout runs on a CPU, eagerly, and once: checkpointing would draw other masks when it recomputes."""
+        if self.run.device.type != "cpu" or not target.training:
+            return False
+        return self.run.forward_model is self.run.model and not _is_checkpointed(target)
 
     @contextlib.contextmanager
     def _evaluating(self, params: Mapping[str, Tensor] | None) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,21 +55,23 @@ class Loop:
         run, ctx = self.run, self.ctx
         ctx.trace.recording = False
         run.model.train()
+        self._clock = time.perf_counter()
         for batches in self._batches():
-            started = time.perf_counter()
             works = make_works(run.seed, run.step, batches)
             self._lr = run.optimizer.param_groups[-1]["lr"]
             terms = ctx.step(ctx, works)
             self.effects.step_end(run.step)
             run.step += 1
-            self._account(batches, terms, time.perf_counter() - started)
+            self._account(batches, terms)
             last = run.step >= run.total_steps or run.stop_reason is not None
             if last or self._due(run.config.train.evaluate_every):
-                self._evaluate()
+                with self._clock_stopped():
+                    self._evaluate()
                 last = last or run.stop_reason is not None
             cancelled = self.cancelled()
             if last or cancelled or self._due(run.config.train.save_every):
-                self._save()
+                with self._clock_stopped():
+                    self._save()
             if last:
                 break
             if cancelled:
@@ -120,9 +123,11 @@ class Loop:
     def _due(self, every: int | None) -> bool:
         return self.run.step % (every or self.run.steps_per_epoch) == 0
 
-    def _account(self, batches: Sequence[Batch], terms: Any, seconds: float) -> None:
+    def _account(self, batches: Sequence[Batch], terms: Any) -> None:
+        """Note a step. Its time includes assembling the batches and logging, but neither evaluating nor saving."""
         run, progress = self.run, self.progress
-        progress.seconds += seconds
+        now = time.perf_counter()
+        progress.seconds, self._clock = progress.seconds + now - self._clock, now
         progress.samples += sum(batch.size for batch in batches)
         logged = run.step % run.config.log.every == 0 or run.step == run.total_steps
         if not logged and not self._observed:
@@ -170,8 +175,16 @@ class Loop:
         self._transform = self.hooks.chain("transform_batch", Batch)
         self._observed = bool(self.hooks.implementations("on_step_end"))
         self._lr = 0.0
-        self._started = time.perf_counter()
+        self._started = self._clock = time.perf_counter()
         self._first_step = self.run.step
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._clock += time.perf_counter() - started
 
     # ---- evaluating and saving ---------------------------------------------------------------------------------
 

@@ -1,0 +1,95 @@
+"""A context in which a model's own dropout and attention use this kernel, without a change to the model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from hybridengine.kernels.dropout import OPERATION, cpu, dropout
+
+__all__ = ["fast_dropout"]
+
+# Below this an autograd function written in Python costs more than torch's serial generator.
+_SMALLEST = 16384
+
+
+@contextlib.contextmanager
+def fast_dropout() -> Iterator[None]:
+    """Inside, `dropout` and `scaled_dot_product_attention` of large CPU tensors draw their masks by this kernel.
+
+    Torch draws CPU masks serially (7 ns an element on CPUs without MKL's generator); this one in parallel. The seed of
+    each mask comes from torch's global generator, so `torch.manual_seed` still decides every mask. Only for code that
+    runs inside to its end: gradient checkpointing, which runs a forward again during backward, must be outside.
+    """
+    if cpu.why_missing() is not None or OPERATION.wanted() == "reference":
+        yield
+        return
+    with _FastDropout():
+        yield
+
+
+class _FastDropout(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        replacement = _REPLACEMENTS.get(func)
+        result = None if replacement is None else replacement(*args, **options)
+        return func(*args, **options) if result is None else result
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+    if not training or inplace or not 0 < p < 1 or not _pays(x):
+        return None
+    return dropout(x, p)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """What torch does on a CPU when attention has dropout, step by step; the rest is left to torch."""
+    if not 0 < dropout_p < 1 or is_causal or enable_gqa or query.dtype not in (torch.float32, torch.float64):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    factor = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = (query * factor) @ (key.transpose(-2, -1) * factor)
+    if not _pays(scores):
+        return None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
+        else:
+            scores = scores + attn_mask
+    # A row that may attend to nothing gets zeros, as torch's own gives, not NaN.
+    return dropout(_safe_softmax(scores), dropout_p) @ value
+
+
+def _safe_softmax(scores: Tensor) -> Tensor:
+    softmax: Any = torch.ops.aten._safe_softmax
+    result: Tensor = softmax(scores, -1)
+    return result
+
+
+def _pays(x: Tensor) -> bool:
+    return x.numel() >= _SMALLEST and cpu.why_not(x, 0.0, None) is None
+
+
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    functional.dropout: _dropout,
+    functional.scaled_dot_product_attention: _attention,
+}
