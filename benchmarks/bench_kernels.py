@@ -29,6 +29,8 @@ RESULTS = Path(__file__).parent / "results"
 # rows by classes: a classifier's head, a wide one, BERT's and GPT-2's vocabulary
 CROSS_ENTROPY = [(4096, 2), (8192, 77), (1024, 30522), (512, 50257)]
 PERTURB = (32, 128, 384)
+# hidden states, and the attention weights of 12 heads
+DROPOUT = [(32, 24, 384), (32, 128, 384), (32, 12, 24, 24), (32, 12, 128, 128)]
 
 Variants = dict[str, Callable[[], object]]
 
@@ -114,6 +116,23 @@ def perturb_variants(epsilon: float | None, dtype: torch.dtype) -> Variants:
     }
 
 
+def dropout_variants(shape: tuple[int, ...], dtype: torch.dtype) -> Variants:
+    """Forward and backward of dropout on a tensor of activations or attention weights."""
+    x, gradient = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+
+    def both_ways(drop: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            x.grad = None
+            drop(x).backward(gradient)
+
+        return run
+
+    return {
+        "eager": both_ways(lambda x: F.dropout(x, 0.1)),
+        "automatic": both_ways(lambda x: kernels.dropout(x, 0.1)),
+    }
+
+
 def machine() -> dict[str, object]:
     """Describe where the numbers come from."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -152,6 +171,9 @@ def main() -> None:
         for attack, epsilon in (("FGM", None), ("PGD", 1.0)):
             case = {"attack": attack, "shape": list(PERTURB), "dtype": name}
             result["rows"].append(row("perturb", case, perturb_variants(epsilon, dtype), options))
+        for shape in DROPOUT:
+            case = {"shape": list(shape), "dtype": name}
+            result["rows"].append(row("dropout", case, dropout_variants(shape, dtype), options))
     result["machine"]["load_average_after"] = [round(one, 2) for one in os.getloadavg()]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -21,10 +21,10 @@ from hybridengine.building import (
 )
 from hybridengine.config import Config, load_config
 from hybridengine.data.card import card_lines
-from hybridengine.errors import HybridEngineError, OutputError, StackError, Stopped
-from hybridengine.estimate import estimate_memory
+from hybridengine.errors import HybridEngineError, OutputError, StackError, Stopped, check_all
+from hybridengine.estimate import estimate_memory, estimate_steps
 from hybridengine.evaluate.evaluator import Evaluator
-from hybridengine.folder import RunFolder
+from hybridengine.folder import RunFolder, resolved
 from hybridengine.model.loading import load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.plugin.stacking import StackView
@@ -33,12 +33,13 @@ from hybridengine.report import write_report
 from hybridengine.stack import EffectLog, Plan, as_method, check_stack, compose, make_plan, resolve
 from hybridengine.stack.plan import training_sampler
 from hybridengine.stack.resolve import plugin_problems
-from hybridengine.stages import stage_configs, train_stages
+from hybridengine.stages import evaluated_data, stage_configs, train_stages
 from hybridengine.summary import make_summary
-from hybridengine.train.best import load_best
+from hybridengine.train.best import load_best, save_best
 from hybridengine.train.checkpoint import Checkpoints, Progress
 from hybridengine.train.loop import Loop
 from hybridengine.train.progress import Event, Listener, silent
+from hybridengine.train.resume import resume
 from hybridengine.train.trackers import check_trackers, open_tracker
 
 __all__ = ["Engine"]
@@ -108,10 +109,9 @@ class Engine:
             have, methods = capabilities(run), self._resolved.methods
             facts = {"config": self.config, "capabilities": have, "labels": run.labels, "model": run.model_config}
             facts["metrics"] = run.task.metric_names
-            problems = check_stack(methods, have) + hooks.collect("check_stack", StackView(methods, facts))
-            if problems:
+            if problems := check_stack(methods, have) + hooks.collect("check_stack", StackView(methods, facts)):
                 raise StackError(problems)
-            run.steps_per_epoch, run.total_steps = self._steps()
+            run.steps_per_epoch, run.total_steps = estimate_steps(run, hooks)
             self._plan = make_plan(self.config, methods, run.total_steps, "unlabelled" in run.splits)
             self._plan.kernels = [row._asdict() for row in kernels.explain()]
             self._plan.memory = estimate_memory(run, methods)
@@ -139,10 +139,12 @@ class Engine:
             self._effects = EffectLog(self._resolved.methods)
             self._ctx = compose(run, hooks, stack_views=self.plan().stack_views, report=self._effects.report)
             self._sampler = training_sampler(run, hooks, self._lengths["train"])
-            run.steps_per_epoch, run.total_steps = self._steps(len(self._sampler(0)))
+            run.steps_per_epoch, run.total_steps = estimate_steps(run, hooks, len(self._sampler(0)))
             build_optimizer(run, hooks)
             self._assembler = Assembler(run, self._features)
-            self._evaluator = Evaluator(run, self._ctx, hooks, self._assembler, self._lengths)
+            names = ("validation", "test") if self.config.evaluate.test else ("validation",)
+            held = {name: self._lengths[name] for name in names if name in self._lengths}
+            self._evaluator = Evaluator(run, self._ctx, hooks, self._assembler, held)
             self._done.add("initialize")
         return self
 
@@ -156,11 +158,12 @@ class Engine:
             Stopped: `cancel` asked for it; a checkpoint was written.
             HybridEngineError: what the user can mend; the run folder's summary says `failed`.
         """
-        if self.config.stages:
-            return train_stages(self.config, lambda stage: self._engine(stage).train(), self._listen)
+        if self._stages:
+            return train_stages(self.config, self._stages, self._engine, self._extra, self._listen)
         folder = RunFolder(self.folder)
         with self._step("claim"):
             finished = folder.claim(self.config)
+        self.check_data()
         if finished is not None:
             finished["report"] = str(write_report(folder.path))  # a run killed just before it has none
             self._listen(Event("done", message=f"{self.folder} is finished already", values={"summary": finished}))
@@ -170,6 +173,7 @@ class Engine:
         self.adapt()  # what is wrong with model, data or methods is told before anything is written
         folder.open(self.config)
         self._run.folder = folder.path
+        self._ran = kernels.used()  # by the plan and earlier runs of this process
         try:
             with self._step("train"):
                 return self._train(folder)
@@ -183,8 +187,12 @@ class Engine:
                 self._hooks.notify("on_run_end", self._run)
 
     def evaluate(self) -> dict[str, Any]:
-        """Metrics of the finished run's best model on the configured validation and test rows."""
-        return Predictor(self.folder, self._extra, self.config.data.model_dump()).evaluate()
+        """Metrics of the finished run's best model on the configured validation and test rows.
+
+        With stages, on those of the last one; an override of `data` comes before what a stage says.
+        """
+        last = [self.config, *self._stages][-1]
+        return Predictor(last.output, self._extra, evaluated_data(last, self._source)).evaluate()
 
     # ---- looking without training -----------------------------------------------------------------------------------
 
@@ -197,18 +205,29 @@ class Engine:
             Lines worth reading: the data card and notes.
         """
         if self._stages:
-            told = [self._engine(stage).validate() for stage in self._stages]
-            return list(dict.fromkeys(line for lines in told for line in lines))
+            return list(dict.fromkeys(line for stage in self._stages for line in self._engine(stage).validate()))
         with self._step("claim"):
-            RunFolder(self.folder).claim(self.config)
-        self.adapt()
+            check_all(lambda: RunFolder(self.folder).claim(self.config), self.adapt)
+        self.check_data()
         return [*card_lines(self._run.card), *self._run.notes]
 
+    def check_data(self) -> None:
+        """Read the rows; OutputError if they are not those of the run that `output` holds. Writes nothing."""
+        self.prepare()
+        RunFolder(self.folder).check_data(self._run.card)
+
+    def plans(self) -> list[Plan]:
+        """One plan for each stage, in order; without stages, the only one. Writes nothing."""
+        return [self._engine(stage).plan() for stage in self._stages] or [self.plan()]
+
     def plan(self) -> Plan:
-        """What would run: layers, passes per step, cost and memory. Writes nothing."""
+        """What would run: layers, passes per step, cost and memory; of the last stage, where there are several."""
+        if self._stages:
+            return self.plans()[-1]
+        with self._step("check"):
+            RunFolder(self.folder).check(self.config)
         self.select()
-        if self._plan is None:
-            raise RuntimeError("select() makes the plan")
+        assert self._plan is not None  # select() makes it
         return self._plan
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -218,7 +237,7 @@ class Engine:
         folder.write("plan.json", self.plan().to_dict())
         folder.write("data_card.json", run.card)
         checkpoints = Checkpoints(folder.checkpoints, self.config.train.keep)
-        progress = self._resume(folder, checkpoints)
+        progress = resume(run, self._hooks, self._effects, folder, checkpoints)
         trainable = sum(p.numel() for p in run.may_optimise.values())
         total = sum(p.numel() for p in run.model.parameters())
         for note in run.notes:
@@ -226,7 +245,7 @@ class Engine:
         message = f"{trainable:,} of {total:,} parameters are trained, {run.total_steps} steps"
         values = {"trainable": trainable, "total": total, "card": run.card}
         self._listen(Event("start", run.step, run.total_steps, message, values))
-        tracker = open_tracker(self.config.log.to, folder.path, self.config.model_dump(mode="json"))
+        tracker = open_tracker(self.config.log.to, folder.path, resolved(self.config), self._tell)
         loop = Loop(
             run, self._ctx, self._hooks, self._effects, self._sampler, self._assembler, self._evaluator, checkpoints,
             folder, self._listen, self._cancel, tracker, progress,
@@ -238,29 +257,22 @@ class Engine:
             tracker.close()
         return self._finish(folder)
 
+    def _tell(self, note: str) -> None:
+        self._run.say(note)
+        self._listen(Event("note", self._run.step, self._run.total_steps, note))
+
     def _engine(self, stage: Config) -> Engine:
         methods = copy.deepcopy(list(self._extra))
         return Engine(stage, methods=methods, progress=self._listen, cancel=self._cancel)
 
-    def _resume(self, folder: RunFolder, checkpoints: Checkpoints) -> Progress:
-        run = self._run
-        asked = self.config.resume
-        path = checkpoints.latest(run) if asked in ("auto", "never") else Path(asked)
-        if path is None:
-            folder.rewind(0)
-            return Progress()
-        progress = checkpoints.restore(path, run, self._hooks, self._effects)
-        folder.rewind(run.step)
-        run.say(f"resumed from {path.name}")
-        return progress
-
     def _finish(self, folder: RunFolder) -> dict[str, Any]:
         """Evaluate the best weights on validation and test, and write summary and report."""
         folder.predictions.unlink(missing_ok=True)
-        splits = ["validation", *(["test"] if self.config.evaluate.test else [])]
+        if not folder.best.is_dir():  # resumed at its last step from another folder: no evaluation has saved it
+            save_best(self._run, self._ctx, self._hooks, folder.best)
         load_best(self._run, folder.best)
         self._evaluator.stored_weights = True
-        metrics = {s: self._evaluator.evaluate(s, record=folder.record) for s in splits if s in self._run.splits}
+        metrics = {s: self._evaluator.evaluate(s, record=folder.record) for s in self._evaluator.splits}
         summary = self._conclude(folder, "finished", "", metrics)
         self._listen(Event("done", self._run.step, self._run.total_steps, "finished", {"summary": summary}))
         return summary
@@ -270,22 +282,12 @@ class Engine:
     ) -> dict[str, Any]:
         progress = getattr(self, "_progress", Progress())
         effects = getattr(self, "_effects", None)
-        summary = make_summary(self._run, folder.path, status, error, metrics or {}, progress, effects)
+        ran = kernels.used(since=self._ran)
+        summary = make_summary(self._run, folder.path, status, error, metrics or {}, progress, effects, ran)
         folder.write("summary.json", summary)
         if status == "finished":
             summary["report"] = str(write_report(folder.path))
         return summary
-
-    def _steps(self, draws: int | None = None) -> tuple[int, int]:
-        """Optimizer steps per epoch and in all; before the features exist, estimated from the row count."""
-        train = self.config.train
-        if draws is None:
-            sampler = self._hooks.build("build_sampler", self._run, "train")
-            rows = len(self._run.splits["train"])
-            draws = len(sampler(0)) if sampler is not None else -(-rows // train.batch_size)
-        per_epoch = max(1, -(-draws // train.accumulate))
-        total = train.max_steps or max(1, round(train.epochs * per_epoch))
-        return per_epoch, total
 
     @contextmanager
     def _step(self, name: str) -> Iterator[bool]:

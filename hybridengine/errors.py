@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
     "ConfigError",
@@ -18,6 +18,7 @@ __all__ = [
     "SeamError",
     "StackError",
     "Stopped",
+    "check_all",
     "did_you_mean",
 ]
 
@@ -26,6 +27,19 @@ class HybridEngineError(Exception):
     """Base of all errors meant for the user. `exit_code` is what the command line returns for it."""
 
     exit_code = 2
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Make every check, and raise what they found as one error of the first one's type."""
+    found: list[HybridEngineError] = []
+    for check in checks:
+        try:
+            check()
+        except HybridEngineError as error:
+            found.append(error)
+    if found:
+        found[0].args = ("\n".join(dict.fromkeys(map(str, found))),)
+        raise found[0]
 
 
 class ConfigError(HybridEngineError):

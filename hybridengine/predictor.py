@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,12 @@ class Predictor:
     ) -> None:
         self.folder = _last_stage(Path(folder))
         best = self.folder / "best"
-        if not (self.folder / "config.yaml").is_file() or not best.is_dir():
+        if (self.folder / "config.yaml").is_file() and not best.is_dir():
+            raise OutputError(
+                f"{folder} holds a run that stopped before its first evaluation, so there is no `best/` yet; train on"
+                " with the command and config that started it"
+            )
+        if not best.is_dir() or not (self.folder / "config.yaml").is_file():
             raise OutputError(f"{folder} holds no trained model; give a run folder that has `config.yaml` and `best/`")
         source = read_source(self.folder / "config.yaml")
         if data is not None:
@@ -64,6 +69,7 @@ class Predictor:
         self._resolved = resolve(config, self._source, Catalogue(), methods)
         self._hooks = self._resolved.hooks()
         run = initial_run(config)
+        run.predicting = True
         run.notes.clear()
         run.labels = list(about["labels"])
         run.task = self._hooks.build("build_task", run, only=self._resolved.task.name)
@@ -73,9 +79,8 @@ class Predictor:
         if adapter:
             run.model = self._hooks.transform("transform_model", run, run.model)
         run.model.to(run.device)
-        if (best / "run_modules.safetensors").is_file():
-            run.sites = Sites(run.model, self._probe(run))
-            self._hooks.notify("on_run_start", run)
+        run.sites = Sites(run.model, self._probe(run))
+        self._hooks.notify("on_run_start", run)
         load_best(run, best)
         run.forward_model = run.model
         run.freeze_parameter_sets()
@@ -83,21 +88,25 @@ class Predictor:
         return run
 
     def _probe(self, run: Run) -> dict[str, Any]:
-        row = {role: "text" for role in run.task.columns if role != "label"}
+        inputs = (role for role in run.task.columns if role not in TARGET_ROLES)
+        row = {role: ["text"] if role == "tokens" else "text" for role in inputs}
         batch = run.task.collate(run, run.task.features(run, [row, row]), (0, 1), run.random)
         return dict(batch.to(run.device).inputs)
 
-    def predict(self, texts: Sequence[str | Mapping[str, Any]], batch_size: int = 64) -> list[dict[str, Any]]:
+    def predict(
+        self, texts: str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]], batch_size: int = 64
+    ) -> list[dict[str, Any]]:
         """One record per text, in order.
 
         Args:
-            texts: strings, or mappings with the task's columns (`text`, `text_pair`, `tokens`, ...).
+            texts: strings, or mappings with the task's columns (`text`, `text_pair`, `tokens`, ...); a single one is
+                a list of one.
             batch_size: rows per forward.
 
         Raises:
             DataError: a row that the task cannot use, naming it.
         """
-        rows = self._rows(texts)
+        rows = self._rows(_listed(texts))
         if not rows:
             return []
         run = self.run
@@ -143,16 +152,39 @@ class Predictor:
         columns = {r: c for r, c in columns.items() if r not in TARGET_ROLES}
         rows = []
         for index, item in enumerate(texts):
+            if not isinstance(item, str | Mapping):
+                raise DataError(
+                    f"input:{index + 1}: expected a text or a mapping such as {_example(columns, role)}, not"
+                    f" {type(item).__name__}"
+                )
             row = {role: item} if isinstance(item, str) else {r: item[c] for r, c in columns.items() if c in item}
-            needed = {r: c for r, c in columns.items() if r in row or r == role}
-            problem = row_problem(row, {r: r for r in needed}, ())
-            if problem:
+            if role not in row:
+                have = ", ".join(map(repr, item)) or "none"
+                raise DataError(
+                    f"input:{index + 1}: there is no column {columns[role]!r}, only {have}; rename the one that holds"
+                    f" the {role}, so that a row reads {_example(columns, role)}"
+                )
+            if problem := row_problem(row, {r: r for r in row}, ()) or self.run.task.check_row(row):
                 raise DataError(f"input:{index + 1}: {problem}")
             rows.append(row)
         return rows
 
 
+def _listed(texts: Any) -> list[Any]:
+    if isinstance(texts, str | Mapping):
+        return [texts]
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes):
+        raise DataError(f"expected texts, or mappings with the task's columns, not {type(texts).__name__}")
+    return list(texts)
+
+
+def _example(columns: Mapping[str, str], role: str) -> str:
+    return f'{{"{columns[role]}": {["a", "b"] if role == "tokens" else "..."!r}}}'.replace("'", '"')
+
+
 def _last_stage(folder: Path) -> Path:
-    """The folder that holds `best/`: of a run in stages, the last one's."""
+    """The folder that holds `best/`: of a run in stages, the last one's; also where `best/` itself is named."""
+    if folder.name == "best" and (folder.parent / "config.yaml").is_file():
+        return folder.parent
     stages = sorted(folder.glob("stage-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     return folder if (folder / "best").is_dir() or not stages else stages[-1]

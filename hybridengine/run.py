@@ -48,6 +48,8 @@ class Run:
         stop_reason: set it to stop training after this step, with the reason.
         notes: things worth telling the user, in order.
         dry: True on the toy run of the plan.
+        predicting: True where a finished run is loaded to predict or evaluate: nothing is trained, and `on_run_start`
+            sees no splits. A method prepares there only what it needs to predict.
         card: the data card; `model_config` the transformers configuration, known before the model is loaded.
         missing_parameters: names that the checkpoint lacked and that start from random values.
         greater_is_better: direction of the main metric.
@@ -74,6 +76,7 @@ class Run:
         self.total_steps = 0
         self.steps_per_epoch = 1
         self.dry = False
+        self.predicting = False
         self.notes: list[str] = []
         self.stop_reason: str | None = None
         self.card: dict[str, Any] = {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hybridengine.config import Config, Source, check_config
+from hybridengine.config import Config, Source, apply_overrides, check_config
 from hybridengine.errors import ConfigError
 from hybridengine.folder import RunFolder
 from hybridengine.model.loading import quiet
@@ -17,7 +17,10 @@ from hybridengine.stack.resolve import plugin_problems, resolve
 from hybridengine.train.files import replace_folder
 from hybridengine.train.progress import Event, Listener
 
-__all__ = ["merged", "stage_configs", "train_stages"]
+if TYPE_CHECKING:
+    from hybridengine.engine import Engine
+
+__all__ = ["evaluated_data", "merged", "stage_configs", "train_stages"]
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,6 +42,11 @@ def stage_configs(config: Config, source: Source | None = None, methods: Sequenc
     Raises:
         ConfigError: with every problem of every stage.
     """
+    if config.stages and config.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"resume: the checkpoint {config.resume} belongs to one run, but `stages` makes {len(config.stages)}; set"
+            " `resume: auto` (each goes on from its own newest checkpoint), or name it in the stage that starts there"
+        )
     base = config.model_dump(exclude={"stages"})
     found, problems = [], {}
     for index, stage in enumerate(config.stages):
@@ -54,37 +62,58 @@ def stage_configs(config: Config, source: Source | None = None, methods: Sequenc
     return found
 
 
-def train_stages(config: Config, train: Callable[[Config], dict[str, Any]], listen: Listener) -> dict[str, Any]:
-    """Train every stage by `train`; returns the last one's summary, with all of them under `stages`.
+def evaluated_data(config: Config, source: Source) -> dict[str, Any]:
+    """The section `data` that a run is measured on: its own, or what the overrides of `source` put in its place."""
+    rows = Source({"data": config.data.model_dump()})
+    apply_overrides(rows, [text for key, text in source.overrides.items() if key[0] == "data"])
+    section: dict[str, Any] = rows.values["data"]
+    return section
+
+
+def train_stages(
+    config: Config,
+    stages: Sequence[Config],
+    engine: Callable[[Config], Engine],
+    methods: Sequence[object],
+    listen: Listener,
+) -> dict[str, Any]:
+    """Train every stage; returns the last one's summary, with all of them under `stages`.
 
     A stopped run goes on with the first unfinished stage.
+
+    Args:
+        stages: the full configs of `stage_configs`.
+        engine: makes the engine of a stage.
+        methods: method objects, which the model of a stage needs to be built again.
     """
     folder = RunFolder(Path(config.output))
     finished = folder.claim(config)
     if finished is not None:
+        for stage in stages:
+            engine(stage).check_data()
         return finished
     folder.open(config)
     summaries: list[dict[str, Any]] = []
     start: str | None = None
-    for number, stage in enumerate(stage_configs(config), 1):
+    for number, stage in enumerate(stages, 1):
         if start is not None:
-            stage.model.name = start
-        listen(Event("note", message=f"stage {number} of {len(config.stages)}: {stage.output}"))
-        summaries.append(train(stage))
-        start = _start_of_next(Path(stage.output))
+            stage = stage.model_copy(update={"model": stage.model.model_copy(update={"name": start})})
+        listen(Event("note", message=f"stage {number} of {len(stages)}: {stage.output}"))
+        summaries.append(engine(stage).train())
+        start = _start_of_next(Path(stage.output), methods)
     result = {**summaries[-1], "output": config.output, "stages": summaries}
     folder.write("summary.json", result)
     return result
 
 
-def _start_of_next(folder: Path) -> str:
+def _start_of_next(folder: Path, methods: Sequence[object]) -> str:
     """The best model as a full model: an adapter is merged into its base first."""
     best = folder / "best"
     if not (best / "adapter_config.json").is_file():
         return str(best)
     full = folder / "merged"
     if not full.is_dir():
-        run = Predictor(folder).run
+        run = Predictor(folder, copy.deepcopy(list(methods))).run
         with replace_folder(full) as staging, quiet():
             run.model.merge_and_unload().save_pretrained(staging)
             run.tokenizer.save_pretrained(staging)

@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hybridengine import kernels
 from hybridengine.run import Run
 from hybridengine.stack.effects import EffectLog
 from hybridengine.train.checkpoint import Progress
@@ -34,8 +33,13 @@ def make_summary(
     metrics: dict[str, Any],
     progress: Progress,
     effects: EffectLog | None,
+    used: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """Collect what a run did; every key is there, also for stopped and failed runs."""
+    """Collect what a run did; every key is there, also for stopped and failed runs.
+
+    Args:
+        used: how often each kernel ran for it, as `kernels.used` tells.
+    """
     built = run.model is not None and run._optimised is not None
     main = next((m["main"] for m in metrics.values()), None)
     return {
@@ -55,7 +59,7 @@ def make_summary(
             "trainable": sum(p.numel() for p in run.may_optimise.values()) if built else None,
         },
         "methods": effects.summary() if effects is not None else {},
-        "kernels": kernels.used(),
+        "kernels": used,
         "device": str(run.device),
         "precision": {"name": run.precision.name, "reason": run.precision.reason},
         "skipped_rows": run.card.get("skipped", {}),

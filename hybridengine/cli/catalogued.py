@@ -69,7 +69,7 @@ def describe(listing: Listing) -> dict[str, Any]:
 
 
 def example(name: str, cls: type) -> str:
-    """The plugin in a config, every parameter at its default; a required one is left for the user to fill."""
+    """The plugin in a config, every parameter at its default; a required one at its example."""
     values = {item.name: _default(item) for item in dataclasses.fields(cls) if item.init}
     kind = _traits(cls).kind
     entry: Any = {name: values} if values else name
@@ -78,7 +78,7 @@ def example(name: str, cls: type) -> str:
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
-    value: Any = "REQUIRED"
+    value: Any = item.metadata.get("example") or "REQUIRED"
     if item.default is not dataclasses.MISSING:
         value = item.default
     elif item.default_factory is not dataclasses.MISSING:

@@ -44,7 +44,7 @@ def show_plan(plan: Plan) -> None:
     if "parameters" in plan.memory:
         console.field("memory", _memory(plan.memory))
     if chosen := _kernels(plan.kernels):
-        console.field("kernels", ", ".join(chosen))
+        console.field("kernels", f"{', '.join(chosen)}; plain torch (reference) where calls are too small to gain")
     console.line()
     console.line("members (`order:` of a method moves it, `name: {parameter: value}` changes it)", style="bold")
     for member in plan.members:
@@ -70,13 +70,14 @@ def _kernels(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _memory(memory: Mapping[str, Any]) -> str:
-    sizes = [f"{name.removesuffix('_bytes')} {_size(n)}" for name, n in memory.items() if name.endswith("_bytes")]
-    total = sum(n for name, n in memory.items() if name.endswith("_bytes"))
-    about = "" if memory.get("exact") else " (of the plain model; a method builds another)"
+    bytes_of = {name.removesuffix("_bytes"): n for name, n in memory.items() if name.endswith("_bytes")}
+    sizes = ", ".join(f"{name} {_size(n)}" for name, n in bytes_of.items())
+    about = "" if memory.get("exact") else f" ({memory.get('why') or 'about'})"
+    kept = ", ".join(f"{name} {copies:g}" for name, copies in (memory.get("state") or {}).items())
     return (
         f"{memory['trainable']:,} of {memory['parameters']:,} parameters are trained{about}\n"
-        f"{_size(total)} and activations: {', '.join(sizes)}"
-    )
+        f"{_size(sum(bytes_of.values()))} and activations: {sizes}"
+    ) + (f"\nstate, in copies of the trained parameters: {kept}" if kept else "")
 
 
 def _size(count: float) -> str:

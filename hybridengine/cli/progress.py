@@ -26,6 +26,7 @@ class TrainingProgress:
         self._task: TaskID | None = None
         self._last_line = 0.0
         self._loss: Any = None
+        self._loss_step = 0
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -39,9 +40,11 @@ class TrainingProgress:
         if event.kind == "start":
             self._start(event)
         elif event.kind == "step":
-            # The loss is read from the device now and then only; between, the last one stands.
-            self._loss = event.values.get("loss", self._loss)
-            self._step(event, {**event.values, "loss": self._loss})
+            # The loss is read from the device now and then only; between, the last one is told with its step.
+            if "loss" in event.values:
+                self._loss, self._loss_step = event.values["loss"], event.step
+            since = self._loss_step if self._loss_step != event.step else None
+            self._step(event, {**event.values, "loss": self._loss, "loss_step": since})
         elif event.kind == "plan":
             self._say(f"each step: {event.message}")
         elif event.kind == "done":
@@ -93,7 +96,8 @@ def _numbers(values: dict[str, Any], eta: bool = False) -> str:
 
     words = []
     if isinstance(loss := values.get("loss"), int | float):
-        words.append(f"loss {compact(loss)}")
+        step = values.get("loss_step")
+        words.append(f"loss {compact(loss)}" + (f" at step {step}" if step else ""))
     if isinstance(speed := values.get("samples_per_second"), int | float):
         words.append(f"{speed:,.1f} samples/s")
     if eta and isinstance(left := values.get("eta"), int | float):

@@ -40,6 +40,8 @@ def _metrics(values: Mapping[str, Any]) -> str:
     interval = values.get("ci95")
     main = values.get("main")
     names = [name for name, value in values.items() if isinstance(value, float) or name == main]
+    # With one label a row, micro averages are the accuracy.
+    names = [n for n in names if n == main or not n.endswith("_micro") or values[n] != values.get("accuracy")]
     words = []
     for name in sorted(names, key=lambda name: name != main)[:_MOST_METRICS]:
         text = f"{title(name).lower()} {metric(name, values[name])}"

@@ -17,6 +17,8 @@ def run_folder(path: Path) -> Path:
     """
     if not path.is_dir():
         raise OutputError(f"{path}: no such run folder; give the `output` of a run, e.g. runs/first")
+    if path.name == "best" and (path.parent / "config.yaml").is_file():
+        return path.parent
     if not (path / "config.yaml").is_file():
         raise OutputError(
             f"{path}: not a run folder, it has no config.yaml; give the `output` of a run, e.g. runs/first"

@@ -20,6 +20,9 @@ def train_and_show(config: str | Path | Mapping[str, Any], overrides: Sequence[s
     Raises:
         Stopped: after a signal, with its exit code; a checkpoint was written.
     """
+    from hybridengine.config import read_source
+
+    read_source(config)  # what is wrong with the file is told before torch is imported
     with StopRequest() as stop, TrainingProgress() as progress:
         from hybridengine import kernels
         from hybridengine.engine import Engine

@@ -204,7 +204,9 @@ def describe(error: ValidationError, model: type[BaseModel], source: Source, pre
         where = source.where(prefix + location)
         if problem["type"] == "extra_forbidden":
             known = _fields_at(model, location[:-1])
-            lines[f"{where}: unknown key {shown!r}.{did_you_mean(str(location[-1]), known)}"] = None
+            inside = [f"{part}.{shown}" for part in known if shown in _fields_at(model, (*location[:-1], part))]
+            hint = f" Did you mean {inside[0]!r}?" if inside else did_you_mean(str(location[-1]), known)
+            lines[f"{where}: unknown key {shown!r}.{hint}"] = None
         elif problem["type"] == "missing":
             lines[f"{where}: missing key {shown!r}: {_field_help(model, location)}"] = None
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,9 @@ def data_card(splits: Mapping[str, Split], inputs: Sequence[str]) -> dict[str, A
         inputs: roles that make up the text.
 
     Returns:
-        JSON-able: `source`; `splits.{name}` with `rows`, `source`, `labels` (counts), `words` (median, p95, max) and
-        `duplicates` (rows whose lower-cased text stood earlier in the split), and `overlap` (`"train/test"`: rows of
-        the second whose text the first holds too).
+        JSON-able: `source`; `splits.{name}` with `rows`, `source`, `labels` (counts), `words` (median, p95, max),
+        `duplicates` (rows whose lower-cased text stood earlier in the split) and `digest` (of every row, in order); and
+        `overlap` (`"train/test"`: rows of the second whose text the first holds too).
     """
     keys = {name: [text_key(row, inputs) for row in split.rows] for name, split in splits.items()}
     described = {}
@@ -39,6 +40,7 @@ def data_card(splits: Mapping[str, Split], inputs: Sequence[str]) -> dict[str, A
             "labels": dict(sorted(labels.items())),
             "words": _spread([_words(key) for key in keys[name]]),
             "duplicates": len(keys[name]) - len(set(keys[name])),
+            "digest": _digest(split),
         }
     names = list(splits)
     overlap = {}
@@ -48,6 +50,14 @@ def data_card(splits: Mapping[str, Split], inputs: Sequence[str]) -> dict[str, A
             overlap[f"{first}/{second}"] = sum(key in known for key in keys[second])
     source = ", ".join(dict.fromkeys(str(split["source"]) for split in described.values()))
     return {"source": source, "splits": described, "overlap": overlap}
+
+
+def _digest(split: Split) -> str:
+    """Tells other rows, or another order of them, when a run goes on: rows are keyed by position."""
+    content = hashlib.blake2b(digest_size=16)
+    for row in split.rows:
+        content.update(f"{sorted(row.items())!r}\n".encode("utf-8", "surrogatepass"))
+    return content.hexdigest()
 
 
 def _files(split: Split) -> str:
@@ -120,5 +130,5 @@ def _show(spread: Mapping[str, Any]) -> str:
 
 def _label_list(labels: Mapping[str, int]) -> str:
     ordered = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
-    shown = ", ".join(f"{name} {count:,}" for name, count in ordered[:_SHOWN_LABELS])
+    shown = ", ".join(f"{name}: {count:,}" for name, count in ordered[:_SHOWN_LABELS])
     return shown + (f" and {len(ordered) - _SHOWN_LABELS} more" if len(ordered) > _SHOWN_LABELS else "")

@@ -87,7 +87,7 @@ def _usable(data: DataConfig, task: Task, split: Split, roles: Mapping[str, str]
         row = {role: raw[column] for role, column in roles.items() if raw.get(column) is not None}
         if problem is None and data.labels and split.name != "unlabelled":
             problem = map_labels(row, data.labels)
-        if problem is None and split.name != "unlabelled":
+        if problem is None:
             problem = task.check_row(row)
         if problem is None:
             rows.append(row)

@@ -49,7 +49,7 @@ def read_rows(path: str | Path, *, quoted: bool = True) -> Rows:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
     if empty:
-        raise DataError(f"{path}: holds no rows; remove it from the config or fill it")
+        raise DataError(f"{path}: holds no rows; fill it, or name another file")
 
 
 def _reader(path: Path, quoted: bool) -> Callable[[Path], Rows]:
@@ -118,7 +118,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}; one object per row") from None
+        msg = error.msg.removesuffix(" at")  # "Invalid control character at"
+        raise DataError(f"{where}: not valid JSON: {msg} at column {error.colno}; one object per row") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: JSON that cannot be read ({error})") from None
 

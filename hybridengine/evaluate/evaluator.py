@@ -23,7 +23,12 @@ __all__ = ["Evaluator"]
 class Evaluator:
     """Evaluates splits of a run through the predict seam.
 
+    Args:
+        lengths: token lengths of the rows of every split that is to be evaluated. A split that a sampler refuses is
+            refused here, not after the first epoch.
+
     Attributes:
+        splits: their names.
         stored_weights: the model holds the weights of `best/`, so averaged weights are not swapped in again.
     """
 
@@ -34,7 +39,8 @@ class Evaluator:
         self._ctx = ctx
         self._hooks = hooks
         self._assembler = assembler
-        self._lengths = lengths
+        self.splits = tuple(lengths)
+        self._samplers = {split: self._sampler(split, lengths[split]) for split in lengths}
         self.stored_weights = False
 
     def predictions(self, split: str) -> Iterator[tuple[Draw, Batch, Prediction]]:
@@ -42,7 +48,7 @@ class Evaluator:
         recording, self._ctx.trace.recording = self._ctx.trace.recording, False
         try:
             with evaluation(self._ctx, self._hooks, stored=self.stored_weights):
-                for draw in self._sampler(split)(0):
+                for draw in self._samplers[split](0):
                     batch = self._assembler.batch(split, draw, 0).to(self._run.device)
                     # Without a key, dropout modes that stay on in evaluation would touch the global stream.
                     yield draw, batch, self._ctx.predict(self._ctx, batch, View(key=0))
@@ -91,9 +97,9 @@ class Evaluator:
         names = [self._run.labels[target] for target in batch.targets.tolist()]
         return [{**row, "label": name} for row, name in zip(rows, names, strict=True)]
 
-    def _sampler(self, split: str) -> Sampler:
+    def _sampler(self, split: str, lengths: list[int]) -> Sampler:
         made: Sampler | None = self._hooks.build("build_sampler", self._run, split)
-        return made or in_order(self._lengths[split], self._run.config.evaluate.batch_size)
+        return made or in_order(lengths, self._run.config.evaluate.batch_size)
 
 
 def better(value: float, best: float | None, greater: bool) -> bool:

@@ -83,12 +83,11 @@ class SpanMetrics:
         self._loss.update(batch, prediction)
         lengths = [len(row["tags"]) for row in rows]
         guesses = word_tags(prediction.scores.argmax(-1), batch.masks["scored"]["input_ids"], self.labels, lengths)
-        losses = prediction.per_row.get("loss")
+        losses = prediction.per_row["loss"].tolist() if "loss" in prediction.per_row else [0.0] * len(rows)
         numbers = []
-        for index, (guess, row) in enumerate(zip(guesses, rows, strict=True)):
+        for guess, row, loss in zip(guesses, rows, losses, strict=True):
             truth = [label_name(tag) for tag in row["tags"]]
             right = sum(a == b for a, b in zip(guess, truth, strict=True))
-            loss = float(losses[index]) if losses is not None else 0.0
             numbers.append([*self._count(spans(guess), spans(truth)), right, len(truth), loss])
         self._rows.add(batch.rows, np.asarray(numbers, dtype=np.float64))
 

@@ -137,12 +137,18 @@ def record(op: str, impl: str) -> None:
     counts[impl] = counts.get(impl, 0) + 1
 
 
-def used() -> dict[str, dict[str, int]]:
+def used(since: Mapping[str, Mapping[str, int]] | None = None) -> dict[str, dict[str, int]]:
     """Return how often each implementation ran in this process: `{op: {impl: count}}`.
 
     Compiled graphs count only the native runs: what was traced into the graph as plain torch leaves no trace.
+
+    Args:
+        since: an earlier result, whose runs are left out.
     """
-    return {op: dict(counts) for op, counts in _used.items()}
+    before = since or {}
+    more = {op: {i: n - before.get(op, {}).get(i, 0) for i, n in counts.items()} for op, counts in _used.items()}
+    ran = {op: {i: n for i, n in counts.items() if n > 0} for op, counts in more.items()}
+    return {op: counts for op, counts in ran.items() if counts}
 
 
 def reset_used() -> None:

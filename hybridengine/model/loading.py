@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import warnings
 from collections.abc import Iterator
@@ -28,9 +29,18 @@ __all__ = [
     "quiet",
 ]
 
+_OTHER_KIND = re.compile(r"(\w+)Config'> for this kind of AutoModel: (\w+)")
+_KINDS = {
+    "AutoModelForSeq2SeqLM": "an encoder-decoder (AutoModelForSeq2SeqLM)",
+    "AutoModelForCausalLM": "a causal language (AutoModelForCausalLM)",
+    "AutoModelForMaskedLM": "a masked language (AutoModelForMaskedLM)",
+    "AutoModelForSequenceClassification": "a sequence classification (AutoModelForSequenceClassification)",
+    "AutoModelForTokenClassification": "a token classification (AutoModelForTokenClassification)",
+}
+
 
 def choose_device(wish: str) -> torch.device:
-    """`auto | cpu | cuda | cuda:N` as a device.
+    """`auto | cpu | cuda | cuda:N` as a device; without a number it is the current GPU, named by its number.
 
     Raises:
         ConfigError: cuda was asked for and is not there.
@@ -39,6 +49,8 @@ def choose_device(wish: str) -> torch.device:
         wish = "cuda" if torch.cuda.is_available() else "cpu"
     if wish.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"train.device is {wish!r}, but torch {torch.__version__} sees no GPU; use auto or cpu")
+    if wish == "cuda":
+        wish = f"cuda:{torch.cuda.current_device()}"  # masks are pinned in this very GPU's generator
     device = torch.device(wish)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"train.device is {wish!r}, but there are {torch.cuda.device_count()} GPUs")
@@ -117,6 +129,12 @@ def _explained(name: str, local: bool, what: str) -> Iterator[None]:
     except Exception as error:  # transformers, tokenizers, safetensors and the hub share no base class
         first = " ".join(str(error).strip().splitlines()[:2])
         told = first if isinstance(error, OSError | ValueError) and first else f"{type(error).__name__}: {first}"
+        if found := _OTHER_KIND.search(str(error)):  # transformers would list every class that it knows
+            kind = _KINDS.get(found[2], found[2])
+            raise ModelError(
+                f"{name}: the task needs {kind} model, and {found[1]} models are none; name another model or change"
+                " `task`"
+            ) from error
         if "can't allocate memory" in told or "out of memory" in told:
             raise
         if local:

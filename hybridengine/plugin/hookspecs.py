@@ -300,9 +300,10 @@ class HookSpecs:
 
     @spec
     def on_run_start(self, run: Run) -> None:
-        """The model is built and adapted, parameter sets are not yet fixed; also called on the plan's toy run.
+        """The model is built and adapted, parameter sets are not yet fixed.
 
-        Add run modules (teachers, learned rates) here.
+        Add run modules (teachers, learned rates) here. Also called on the plan's toy run (`run.dry`), and where a
+        finished run is loaded (`run.predicting`): then there are no splits, and only what predicts is needed.
 
         Example:
             @hook

@@ -41,6 +41,8 @@ class Traits:
         effect: the reported effect that must be non-zero while active; None opts out.
         kind: `method`, `task` (named under `task`) or `data` (named under `data.use`).
         cost: one line: what a step costs.
+        state: copies of the trained weights that it keeps beside weights and gradient (Adam's moments are 2, an average
+            is 1), for the memory that `plan` tells.
         paper: where it comes from.
         combines: one line: what it goes well with, and what not.
     """
@@ -55,6 +57,7 @@ class Traits:
     ignores_inner: tuple[str, ...] = ()
     effect: str | None = None
     cost: str = "no extra passes"
+    state: float = 0
     paper: str = ""
     combines: str = "anything"
 
@@ -62,25 +65,28 @@ class Traits:
         for name in ("slots", "requires", "provides", "ignores_inner"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"Traits: {name} must be a tuple of names, got the text {getattr(self, name)!r}")
+        if self.state < 0:
+            raise TypeError(f"Traits: state must be a number of copies, 0 or more, got {self.state!r}")
 
 
 _CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern")
 
 
-def parameter(default: Any = dataclasses.MISSING, help: str = "", **constraints: Any) -> Any:
+def parameter(default: Any = dataclasses.MISSING, help: str = "", *, example: Any = None, **constraints: Any) -> Any:
     """A hyper-parameter of a method: a dataclass field with help text and a range.
 
     Args:
         default: value, or a zero-argument factory for mutable values; required when left out.
         help: one line for `plugins info`.
+        example: value shown by `plugins info`, for a required parameter.
         constraints: pydantic ranges `ge gt le lt min_length max_length pattern`.
 
     Example:
-        epsilon: float = parameter(1.0, "L2 radius per sequence", ge=0)
+        epsilon: float = parameter(0.1, "L2 radius per sequence", ge=0)
     """
     if unknown := set(constraints) - set(_CONSTRAINTS):
         raise TypeError(f"unknown constraints {sorted(unknown)}; use {', '.join(_CONSTRAINTS)}")
-    metadata = {"help": help, "constraints": constraints}
+    metadata = {"help": help, "constraints": constraints, "example": example}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     if callable(default):

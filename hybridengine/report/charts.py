@@ -114,7 +114,7 @@ def line_chart(
         return None
     points = [point for one in shown for point in one.points if _finite(point)]
     x_range = _range([x for x, _ in points], padding=0.0)
-    y_range = _range([y for _, y in points], padding=0.06)
+    y_range = _widened(_range([y for _, y in points], padding=0.06))
     x_scale, y_scale = _scale(x_range, frame.left, frame.right_edge), _scale(y_range, frame.bottom_edge, frame.top)
     lines = [_line(index, one, x_scale, y_scale, show) for index, one in enumerate(shown)]
     return Chart(
@@ -156,6 +156,13 @@ def _range(values: Sequence[float], padding: float) -> tuple[float, float]:
         return low - around, high + around
     space = (high - low) * padding
     return low - space, high + space
+
+
+def _widened(values: tuple[float, float]) -> tuple[float, float]:
+    """A range in which the four digits of the labels differ: rounding noise is drawn flat, not as a curve."""
+    low, high = values
+    missing = max(abs(low), abs(high)) * 5e-3 - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else values
 
 
 def _line(index: int, series: Series, x: Scale, y: Scale, show: Callable[[float | None], str]) -> Line:

@@ -35,8 +35,11 @@ def base_backward(ctx: Context, work: Work) -> dict[str, Tensor]:
     """Evaluate the loss and add its weighted gradient to `.grad`; returns the weighted terms."""
     out = ctx.loss(ctx, work.batch, work.view)
     loss = weighted_sum(out.terms, work.weights)
-    ctx.witness.append((work.batch.rows, loss.detach()))
+    seen = loss.detach()
+    ctx.witness.append((work.batch.rows, seen))
     ctx.accumulate(loss)
+    if len(out.terms) == 1:
+        return dict.fromkeys(out.terms, seen)
     return {name: (work.weights[unit] * value).detach() for name, (value, unit) in out.terms.items()}
 
 

@@ -22,6 +22,9 @@ from hybridengine.seams.types import Batch, Out, Prediction, Term, View, Work
 
 __all__ = ["Context"]
 
+_NOTHING = contextlib.nullcontext()
+_FEW_TOKENS = 64  # below, no activation is large enough for the dropout kernel, and watching the forward costs time
+
 
 class Context(Gradients):
     """What a method may do: evaluate, differentiate, move weights, draw keyed randomness, report effects.
@@ -115,14 +118,15 @@ class Context(Gradients):
             )
         self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
         inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
-        with self._evaluating(view.params):
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(dropout_key(self.run.device, view.key))
-                if self._may_draw_fast(target):
-                    stack.enter_context(kernels.fast_dropout())
-                if view.delta:
-                    stack.enter_context(self.sites.armed(view.delta))
-                stack.enter_context(self.run.precision.autocast(self.run.device))
+        device = self.run.device
+        before, self._live = self._live, view.params
+        try:
+            with (
+                dropout_key(device, view.key),
+                kernels.fast_dropout() if self._may_draw_fast(target, batch) else _NOTHING,
+                self.sites.armed(view.delta) if view.delta else _NOTHING,
+                self.run.precision.autocast(device),
+            ):
                 if view.params is None:
                     outputs = target(**inputs)
                 else:
@@ -130,25 +134,20 @@ class Context(Gradients):
                     outputs = functional_call(target, params, (), inputs, tie_weights=True)
             if model is None:
                 outputs = self.transform_outputs(self, batch, outputs)
+        finally:
+            self._live = before
         hidden = None
         if features:
             states = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
             hidden = states[-1]
         return Out({}, outputs.logits, hidden, view)
 
-    def _may_draw_fast(self, target: nn.Module) -> bool:
+    def _may_draw_fast(self, target: nn.Module, batch: Batch) -> bool:
         """Whether dropout runs on a CPU, eagerly, and once: checkpointing would draw other masks when it recomputes."""
-        if self.run.device.type != "cpu" or not target.training:
+        if self.run.device.type != "cpu" or not target.training or self.run.forward_model is not self.run.model:
             return False
-        return self.run.forward_model is self.run.model and not _is_checkpointed(target)
-
-    @contextlib.contextmanager
-    def _evaluating(self, params: Mapping[str, Tensor] | None) -> Iterator[None]:
-        before, self._live = self._live, params
-        try:
-            yield
-        finally:
-            self._live = before
+        few = next(iter(batch.inputs.values())).numel() < _FEW_TOKENS
+        return not few and not _is_checkpointed(target)
 
     # ---- embedding sites --------------------------------------------------------------------------------------
 

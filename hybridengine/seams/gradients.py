@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -25,6 +26,8 @@ class Gradients:
         self.synchronise = True
         self.witness: list[tuple[tuple[int, ...], Tensor]] = []
         """(rows, loss) of each backward of this step, to name the culprits of a non-finite gradient."""
+        self._overflows: list[Tensor] = []
+        """Whether an inner loop's gradient left fp16's range at a finite loss: later losses are then not finite."""
         self._inner_steps = 0
 
     # ---- gradients --------------------------------------------------------------------------------------------
@@ -40,6 +43,9 @@ class Gradients:
             self._inner_steps += 1
         scaled = loss * self.run.loss_scale.value if self.run.loss_scale.value != 1.0 else loss
         grads = torch.autograd.grad(scaled, list(wrt), create_graph=create_graph, allow_unused=True)
+        if self.run.loss_scale.dynamic and not delta_only:
+            norm = torch.nn.utils.get_total_norm([g.detach() for g in grads if g is not None])
+            self._overflows.append(loss.detach().isfinite().all() & ~norm.isfinite())
         return [None if g is None else self.unscaled(g) for g in grads]
 
     def unscaled(self, gradient: Tensor) -> Tensor:
@@ -55,6 +61,7 @@ class Gradients:
     def zero(self) -> None:
         """Drop all gradients of the optimised parameters and start the step's record."""
         self.witness.clear()
+        self._overflows.clear()
         for parameter in self.run.optimised().values():
             parameter.grad = None
 
@@ -133,18 +140,27 @@ class Gradients:
     def apply(self) -> float:
         """Unscale, clip once, step optimizer and scheduler. Returns the gradient norm before clipping.
 
+        With a dynamic fp16 scale, a gradient that overflowed at finite losses halves the scale and skips the update.
+        The scheduler ticks all the same: a schedule is a function of `run.step`, which counts skipped steps too, and
+        so ends with `run.total_steps`.
+
         Raises:
-            NonFiniteError: before the update, naming step and rows; with a dynamic fp16 scale the step is skipped.
+            NonFiniteError: before the update, naming step and rows: a loss is not finite, or a gradient is not and no
+                smaller loss scale is left.
         """
         self.trace.add("S")
-        run = self.run
+        run, scale = self.run, self.run.loss_scale.value
         grads = [p.grad for p in run.optimised().values() if p.grad is not None]
-        scale = run.loss_scale.value
-        norm = float(torch.nn.utils.get_total_norm(grads)) / scale if grads else 0.0
-        losses = [loss.reshape(()) for _, loss in self.witness]
-        finite = math.isfinite(norm) and (not losses or bool(torch.isfinite(torch.stack(losses)).all()))
-        if not finite and not run.loss_scale.dynamic:
-            raise NonFiniteError(self._accuse(norm))
+        total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=run.device)
+        # All that the host asks of the device, in one transfer.
+        asked = [total, *(loss.reshape(()) for _, loss in self.witness), *self._overflows]
+        numbers: list[float] = torch.stack([value.double() for value in asked]).tolist()
+        norm, *others = numbers
+        losses, overflowed = others[: len(self.witness)], any(others[len(self.witness) :])
+        sound = all(map(math.isfinite, losses))
+        finite, norm = sound and math.isfinite(norm), norm / scale
+        if not finite and not ((sound or overflowed) and run.loss_scale.can_shrink):
+            raise NonFiniteError(self._accuse(norm, losses))
         if finite:
             clip = run.clip
             factor = (min(1.0, clip / max(norm, 1e-12)) if clip else 1.0) / scale
@@ -153,15 +169,27 @@ class Gradients:
             run.optimizer.step()
         run.loss_scale.update(finite)
         if run.scheduler is not None:
-            run.scheduler.step()
-        return norm
+            with contextlib.nullcontext() if finite else _tick_without_update():
+                run.scheduler.step()
+        return float(norm)
 
-    def _accuse(self, norm: float) -> str:
-        bad = [row for rows, loss in self.witness if not torch.isfinite(loss).all() for row in rows]
+    def _accuse(self, norm: float, losses: Sequence[float]) -> str:
+        pairs = zip(self.witness, losses, strict=True)
+        bad = [row for (rows, _), loss in pairs if not math.isfinite(loss) for row in rows]
         what = "loss is not finite" if bad else f"loss is finite but the gradient norm is {norm}"
+        if not bad and self.run.loss_scale.dynamic:
+            what += f" at the smallest loss scale, {self.run.loss_scale.value:g},"
         rows = bad or [row for rows, _ in self.witness for row in rows]
         places = ", ".join(self.run.places(sorted(set(rows))[:32]))
         return (
             f"step {self.run.step + 1}: the {what} on rows [{places}]; the update was not made and the"
             " weights are unchanged. Look at these rows, lower `train.lr`, or use `precision: fp32`."
         )
+
+
+@contextlib.contextmanager
+def _tick_without_update() -> Iterator[None]:
+    """Torch takes a scheduler's tick before the first update for a mistake, and says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        yield

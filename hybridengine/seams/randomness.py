@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["KeyedRows", "dropout_key", "generator_of", "mix", "permutation"]
+__all__ = ["KeyedRows", "dropout_key", "generator_of", "mix", "permutation", "seeded"]
 
 
 def mix(*parts: object) -> int:
@@ -54,23 +54,38 @@ def generator_of(device: torch.device) -> torch.Generator:
     """The generator that dropout on `device` draws from."""
     if device.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        return torch.cuda.default_generators[device.index or 0]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
     return torch.default_generator
 
 
-@contextlib.contextmanager
-def dropout_key(device: torch.device, key: int | None) -> Iterator[None]:
-    """Dropout inside draws the masks of `key`; the device's global stream is as before afterwards.
+def dropout_key(device: torch.device, key: int | None) -> contextlib.AbstractContextManager[None]:
+    """Dropout inside draws the masks of `key`; the global streams are as before afterwards.
 
-    Setting one generator costs microseconds; `torch.random.fork_rng` reseeds every GPU.
+    Models also draw on the host whatever their device: layer drop is a `torch.rand([])`.
     """
     if key is None:
-        yield
-        return
-    generator = generator_of(device)
-    before = generator.get_state()
-    generator.manual_seed(key)
-    try:
-        yield
-    finally:
-        generator.set_state(before)
+        return contextlib.nullcontext()
+    if device.type == "cpu":
+        return seeded(torch.default_generator, key)
+    return seeded(torch.default_generator, key, generator_of(device))
+
+
+class seeded:  # a class, not a generator function: every pass enters it
+    """Draws of the generators inside start from `seed`; their states are as before afterwards.
+
+    It costs microseconds and touches nothing else; `torch.manual_seed` reseeds every GPU, `fork_rng` or not.
+    """
+
+    def __init__(self, generator: torch.Generator, seed: int, *others: torch.Generator) -> None:
+        self._generators = (generator, *others)
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        self._before = [generator.get_state() for generator in self._generators]
+        for generator in self._generators:
+            generator.manual_seed(self._seed)
+
+    def __exit__(self, *_: object) -> None:
+        for generator, state in zip(self._generators, self._before, strict=True):
+            generator.set_state(state)

@@ -35,7 +35,7 @@ class Sites:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         self.table: dict[str, Site] = {}
-        self.soft_prompt: Callable[[], Tensor] | None = None
+        self._soft_prompt: Callable[[], Tensor] | None = None
         self._calls_per_module: dict[str, int] = {}
         self._delta: Mapping[str, Tensor] = {}
         self._calls: dict[str, int] = {}
@@ -43,9 +43,21 @@ class Sites:
         self._raw_ids: dict[str, Tensor] = {}
         self._find(model, _made_up(inputs))
         modules = dict(model.named_modules())
-        for name in self._calls_per_module:
-            modules[name].register_forward_pre_hook(functools.partial(self._before, name))
-            modules[name].register_forward_hook(functools.partial(self._after, name))
+        self._modules = {name: modules[name] for name in self._calls_per_module}
+        for name, module in self._modules.items():
+            module.register_forward_hook(functools.partial(self._after, name))
+
+    @property
+    def soft_prompt(self) -> Callable[[], Tensor] | None:
+        """What gives the prompt vectors `[P, D]` that stand where ids are negative: -1-i is vector i."""
+        return self._soft_prompt
+
+    @soft_prompt.setter
+    def soft_prompt(self, vectors: Callable[[], Tensor]) -> None:
+        if self._soft_prompt is None:  # hooked only now: a hook costs every pass some microseconds
+            for name, module in self._modules.items():
+                module.register_forward_pre_hook(functools.partial(self._before, name))
+        self._soft_prompt = vectors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sites:
         return self  # a copied model (teacher, average) keeps reading the same slot
@@ -76,17 +88,15 @@ class Sites:
                 self._calls_per_module[name] = nth + 1
                 self.table[_site_name(name, nth)] = Site(matches[0], int(output.shape[-1]), output.dtype)
 
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.soft_prompt is None:
-            return None
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # Placeholder id -1-i stands for prompt vector i; the lookup itself must see a valid row.
         self._raw_ids[name] = args[0]
         return (args[0].clamp_min(0), *args[1:])
 
     def _after(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self.soft_prompt is not None:
+        if self._soft_prompt is not None:
             ids = self._raw_ids.pop(name)
-            vectors = self.soft_prompt()[(-1 - ids).clamp_min(0)].to(output.dtype)
+            vectors = self._soft_prompt()[(-1 - ids).clamp_min(0)].to(output.dtype)
             output = torch.where((ids < 0).unsqueeze(-1), vectors, output)
         if not self._delta:
             return output

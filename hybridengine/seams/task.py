@@ -64,6 +64,9 @@ class Task(Protocol):
         metric_names: every metric that `evaluate.metric` may name.
         unit: the unit its leaf loss is counted in (`rows` or `tokens`).
         head: patterns naming the head's parameters.
+
+    A task may also say `distribution = "bernoulli"`, where each logit decides about a label of its own; without it
+    logits are those of a softmax. `kl_rows` asks for it.
     """
 
     auto_class: str
@@ -76,7 +79,7 @@ class Task(Protocol):
     head: Sequence[str]
 
     def check_row(self, row: Row) -> str | None:
-        """Why this row cannot be used, or None."""
+        """Why this row cannot be used, or None; an unlabelled row, or one to predict, lacks the roles of targets."""
         ...
 
     def prepare(self, run: Any, rows: Sequence[Row]) -> None:

@@ -75,6 +75,8 @@ def _base_predict(ctx: Context, batch: Batch, view: View) -> Prediction:
 def evaluation(ctx: Context, hooks: Hooks, *, stored: bool = False) -> Iterator[None]:
     """Evaluation mode, inside every `wrap_evaluation` context (averaged weights and the like).
 
+    Effects are those of training: what methods report inside, in test-time adaptation for instance, is dropped.
+
     Args:
         stored: the weights were loaded from `best/`, which already holds what those contexts showed.
     """
@@ -94,7 +96,9 @@ def evaluation(ctx: Context, hooks: Hooks, *, stored: bool = False) -> Iterator[
                 blame(error, method, "wrap_evaluation")
                 raise
         model.eval()
+        report, ctx._report = ctx._report, None
         try:
             yield
         finally:
+            ctx._report = report
             model.train(training)

@@ -15,6 +15,7 @@ from hybridengine.data.rows import Split
 from hybridengine.run import Run
 from hybridengine.seams.context import Context
 from hybridengine.seams.precision import LossScale, Precision
+from hybridengine.seams.randomness import seeded
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.task import Feature, RandomRows
 from hybridengine.seams.types import Batch, Out, Prediction, Term, View
@@ -79,8 +80,7 @@ def toy_run(config: Config, classes: int, per_class: int) -> tuple[Run, dict[str
     """A dry run over `classes * per_class` toy rows, with its features by split."""
     run = Run(config, torch.device("cpu"), Precision("fp32", None), LossScale())
     run.dry = True
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(torch.default_generator, 0):
         run.model = run.forward_model = ToyModel(classes)
     run.task = ToyTask()
     run.labels = [f"class {i}" for i in range(classes)]

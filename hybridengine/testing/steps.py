@@ -51,8 +51,10 @@ class SimpleTask:
 
     def terms(self, logits: Tensor, batch: Batch, **options: Any) -> dict[str, Term]:
         """Summed cross-entropy by plain torch, in the logits' own precision."""
-        flat, target = logits.reshape(-1, logits.shape[-1]), batch.targets.reshape(-1)
-        return {"loss": (functional.cross_entropy(flat, target, reduction="sum", **options), self.unit)}
+        target = batch.targets
+        if logits.dim() > 2:
+            logits, target = logits.flatten(0, -2), target.flatten()
+        return {"loss": (functional.cross_entropy(logits, target, reduction="sum", **options), self.unit)}
 
     def predict(self, ctx: Context, batch: Batch, view: View) -> Prediction:
         """Softmax probabilities."""

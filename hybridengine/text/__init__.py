@@ -1,6 +1,7 @@
 """Text to tensors: tokenising, padding, templates with masks."""
 
 from hybridengine.text.cloze import Cloze
+from hybridengine.text.token_loss import IGNORED, token_prediction, token_terms
 from hybridengine.text.tokens import (
     accepts,
     base_model,
@@ -16,6 +17,7 @@ from hybridengine.text.tokens import (
 )
 
 __all__ = [
+    "IGNORED",
     "Cloze",
     "accepts",
     "base_model",
@@ -26,6 +28,8 @@ __all__ = [
     "set_pad_token",
     "special_ids",
     "to_side",
+    "token_prediction",
+    "token_terms",
     "tokenise",
     "usable_length",
 ]

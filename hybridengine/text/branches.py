@@ -55,7 +55,9 @@ class Branches:
         place = attention.cumsum(1) - 1
         text = (attention.sum(1, keepdim=True) - size).clamp_min(0)
         branch = torch.where(real & (place >= text), (place - text).clamp(0, size), size)  # size: not in the suffix
-        owner, offset = self._owner.to(attention.device)[branch], self._offset.to(attention.device)[branch]
+        if self._owner.device != attention.device:  # once, for a copy in every forward would make it wait
+            self._owner, self._offset = self._owner.to(attention.device), self._offset.to(attention.device)
+        owner, offset = self._owner[branch], self._offset[branch]
         positions = torch.where(owner >= 0, text + offset, place).clamp_min(0)
         earlier = place[:, :, None] >= place[:, None, :]
         visible = real[:, None, :] & earlier & ((owner[:, None, :] < 0) | (owner[:, None, :] == owner[:, :, None]))

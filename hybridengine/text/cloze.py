@@ -48,9 +48,8 @@ class Cloze:
         flat = [word for group in tokens for word in group]
         self.masks = max(map(len, flat)) if masked else 0
         self.branches = None if masked else Branches(flat)
-        self._slots = torch.arange(self.masks).expand(len(flat), -1) if self.branches is None else self.branches.slots
-        self._table, self._share = _tables(flat, masked)
-        self._groups, self._sizes = _groups(tokens)
+        slots = torch.arange(self.masks).expand(len(flat), -1) if self.branches is None else self.branches.slots
+        self._constants: tuple[Tensor, ...] = (slots, *_tables(flat, masked), *_groups(tokens))
         if not masked:
             self._cut_behind_mask()
 
@@ -196,16 +195,19 @@ class Cloze:
         hits: Tensor = batch.inputs["input_ids"] == self.tokenizer.mask_token_id
         return hits.long().argsort(dim=1, descending=True, stable=True)[:, : self.masks]
 
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The tables of `score`; they stay on the device of their last use: a copy in each forward makes it wait."""
+        if self._constants[0].device != device:
+            self._constants = tuple(table.to(device) for table in self._constants)
+        return self._constants
+
     def score(self, log_probabilities: Tensor) -> Tensor:
         """Class logits `[B, C]` from log-probabilities `[B, K, V]` at `positions`.
 
         A word scores the mean (masked) or the sum (causal: the chain rule) of its tokens' log-probabilities, a class
         the log of the mean probability of its words.
         """
-        device = log_probabilities.device
-        slots, table, share, groups, sizes = (
-            t.to(device) for t in (self._slots, self._table, self._share, self._groups, self._sizes)
-        )
+        slots, table, share, groups, sizes = self._on(log_probabilities.device)
         tokens = log_probabilities[:, slots, table]  # [B, W, M]
         words = (tokens * share.to(tokens.dtype)).sum(-1)
         by_class = words[:, groups.clamp_min(0)].masked_fill(groups.eq(-1), torch.finfo(words.dtype).min)  # [B, C, N]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,8 @@ def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
     with replace_folder(folder) as staging, evaluation(ctx, hooks), quiet():
         run.model.save_pretrained(staging)
         run.tokenizer.save_pretrained(staging)
+        if (staging / "adapter_config.json").is_file():
+            (staging / "README.md").write_text(_adapter_card(run), encoding="utf-8")
         modules = {
             f"{name}/{key}": value
             for name, module in run.modules.items()
@@ -35,6 +38,43 @@ def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
             write_tensors(staging / "run_modules.safetensors", modules)
         about = {"step": run.step, "labels": run.labels, "task": run.config.task_entry[0]}
         (staging / "hybridengine.json").write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _adapter_card(run: Run) -> str:
+    """How to load an adapter, in place of PEFT's empty model card.
+
+    No `config.json` beside it: transformers would then look for full weights, and its pipelines refuse the folder.
+    Without one they know neither the labels nor the size of the head, so the code here gives both.
+    """
+    model: Any = run.model
+    base, name = model.get_base_model(), run.config.model.name
+    labels = f"Labels: {', '.join(run.labels)}.\n\n" if run.labels else ""
+    given = ""
+    if run.labels and list((base.config.id2label or {}).values()) == run.labels:
+        given = f",\n    id2label={base.config.id2label!r},\n    label2id={base.config.label2id!r},\n"
+        given += "    ignore_mismatched_sizes=True,  # the adapter brings the head\n"
+    return f"""---
+base_model: {json.dumps(name, ensure_ascii=False)}
+library_name: peft
+---
+
+An adapter for `{name}`, trained with hybridengine for {run.config.task_entry[0]}. It holds no full model: whoever loads
+it needs the base model, at this very path where it is a local folder.
+
+{labels}With transformers and PEFT, FOLDER being this one:
+
+```python
+from peft import PeftModel
+from transformers import AutoTokenizer, {type(base).__name__}
+
+base = {type(base).__name__}.from_pretrained({"" if not given else chr(10) + "    "}{name!r}{given})
+model = PeftModel.from_pretrained(base, FOLDER).merge_and_unload()
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+
+`model.save_pretrained(ANOTHER)` then writes a full model. With hybridengine, RUN being the run folder that this one
+stands in: `hybridengine.load(RUN).predict([...])`.
+"""
 
 
 def load_best(run: Run, folder: Path) -> None:

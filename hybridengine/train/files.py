@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,16 @@ from typing import Any
 
 from hybridengine.errors import OutputError
 
-__all__ = ["MANIFEST", "append_lines", "clear_leftovers", "damage", "replace_folder", "write_json", "write_text"]
+__all__ = [
+    "MANIFEST",
+    "append_lines",
+    "clear_leftovers",
+    "damage",
+    "finite",
+    "replace_folder",
+    "write_json",
+    "write_text",
+]
 
 MANIFEST = "manifest.json"
 _STAGING, _RETIRED, _STAGED = ".staging-", ".retired-", ".staged"
@@ -43,7 +53,18 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically; NaN is refused by JSON and written as null."""
-    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every NaN and infinity in it, which JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
 
 
 @contextlib.contextmanager
@@ -92,20 +113,22 @@ def damage(folder: Path) -> str | None:
     """Why a sealed folder cannot be trusted (a file missing, cut or changed), or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        listed: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a changed byte can make it any other JSON
         return f"{folder / MANIFEST} is missing or unreadable"
-    for name, entry in listed.items():
+    for name, (size, digest) in listed.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if _digest(path) != entry["sha256"]:
+        if path.stat().st_size != size or _digest(path) != digest:
             return f"{path} has changed since it was written"
     return None
 
 
 def _seal(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in files:  # safetensors makes its files private; the folder's own mode follows the umask
+        path.chmod(folder.stat().st_mode & 0o666)
     listed = {
         str(p.relative_to(folder)): {"sha256": _digest(p), "bytes": p.stat().st_size}
         for p in files
@@ -153,13 +176,3 @@ def _explain(path: Path, size: int, error: OSError) -> str:
         )
     reason = error.strerror or str(error)
     return f"{path}: cannot be written ({reason}); choose another `output` folder or change its permissions"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value

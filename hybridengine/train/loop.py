@@ -197,10 +197,10 @@ class Loop:
         self.effects.flush()
         metrics = self.evaluator.evaluate("validation", interval=False)
         main = metrics["main"]
-        value = float(metrics[main])
+        value = math.nan if metrics[main] is None else float(metrics[main])
         improved = better(value, self.progress.best_value, run.greater_is_better)
-        if improved or self.progress.best_value is None:
-            self.progress.best_value, self.progress.best_step = value, run.step
+        if improved or not self.progress.best_step:  # an undefined value is better than nothing, and never than a value
+            self.progress.best_value, self.progress.best_step = value if improved else None, run.step
             save_best(run, self.ctx, self.hooks, self.folder.best)
         scalars = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         line = {"kind": "validation", "step": run.step, "metrics": scalars}
@@ -208,7 +208,8 @@ class Loop:
         self.tracker.log(line)
         self.hooks.notify("on_evaluate", run, metrics)
         best = " (best so far)" if improved else ""
-        message = f"validation {main} {value:.4f}{best}"
+        told = f"{value:.4f}" if math.isfinite(value) else "is undefined"
+        message = f"validation {main} {told}{best}"
         self.listen(Event("evaluate", run.step, run.total_steps, message, {"metrics": scalars, "improved": improved}))
 
     def _save(self) -> None:

@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         "unpinned dropout",
         CONTEXT,
-        "dropout_key(self.run.device, view.key)",
-        "dropout_key(self.run.device, None)",
+        "dropout_key(device, view.key)",
+        "dropout_key(device, None)",
         "tests/core/test_seams_randomness.py::test_equal_keys_draw_equal_masks_and_forks_others",
     ),
     Mutation(

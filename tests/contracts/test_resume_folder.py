@@ -16,8 +16,8 @@ import pytest
 from tiny_runs import StopAfter, leftovers, run_bits, run_config, text_rows, train_stopping_after
 
 from hybridengine.engine import Engine
-from hybridengine.errors import OutputError, Stopped
-from hybridengine.train import checkpoint
+from hybridengine.errors import ConfigError, OutputError, Stopped
+from hybridengine.train import checkpoint, trackers
 
 
 def config_of(output: Path) -> dict[str, Any]:
@@ -114,6 +114,29 @@ def test_a_checkpoint_named_by_path_is_resumed(begun: Begun) -> None:
     summary = Engine({**config_of(output), "resume": str(output / "checkpoints" / "step-00000001")}).train()
     assert "resumed from step-00000001" in summary["notes"]
     assert run_bits(output) == begun.expected
+
+
+def test_a_run_that_starts_from_another_ones_checkpoint_keeps_its_own_best(begun: Begun) -> None:
+    """A learning rate of almost nothing: no later evaluation beats what the other run reached."""
+    path = begun.folder / "begun" / "checkpoints" / "step-00000002"
+    for name, steps in (("from-other", 3), ("at-its-end", 2)):
+        config = {**config_of(begun.folder / name), "resume": str(path)}
+        config["train"] = {**config["train"], "max_steps": steps}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hybridengine.train.loop.better", lambda *_: False)
+            summary = Engine(config).train()
+        assert summary["status"] == "finished" and summary["steps"] == steps
+        assert json.loads((begun.folder / name / "best" / "hybridengine.json").read_text())["step"] == steps
+
+
+def test_interrupted_it_goes_on_from_its_own_checkpoint(begun: Begun) -> None:
+    path = begun.folder / "begun" / "checkpoints" / "step-00000001"
+    config = {**config_of(begun.folder / "own"), "resume": str(path)}
+    assert not train_stopping_after(config, 1)
+    before = (begun.folder / "own" / "metrics.jsonl").read_text(encoding="utf-8")
+    summary = Engine(config).train()
+    assert "resumed from step-00000002" in summary["notes"]
+    assert (begun.folder / "own" / "metrics.jsonl").read_text(encoding="utf-8").startswith(before)
 
 
 # ---- a full disk -----------------------------------------------------------------------------------------------------
@@ -224,6 +247,29 @@ def test_another_config_is_refused_by_the_names_of_its_keys(begun: Begun) -> Non
     assert sorted(p.name for p in output.iterdir()) == before
 
 
+@pytest.mark.parametrize("name", ["begun", "whole"])
+def test_other_rows_under_the_same_path_are_refused_by_split(tmp_path: Path, name: str) -> None:
+    files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "validation")}
+
+    def write(split: str, rows: list[dict[str, Any]]) -> None:
+        files[split].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    write("train", text_rows(24))
+    write("validation", text_rows(12))
+    config = config_of(tmp_path / "run")
+    config["data"] = {split: str(path) for split, path in files.items()}
+    assert train_stopping_after(config, 99 if name == "whole" else 1) is (name == "whole")
+    Engine(config).validate()
+    changed = text_rows(12)
+    changed[3] = {**changed[3], "label": changed[4]["label"]}
+    write("validation", changed)
+    for act in (Engine(config).train, Engine(config).validate):
+        with pytest.raises(OutputError, match=r"other data; the rows of these splits .*: validation\. Choose another"):
+            act()
+    write("validation", text_rows(12))
+    assert Engine(config).train()["status"] == "finished"
+
+
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="no run of hybridengine"):
@@ -289,6 +335,25 @@ def test_an_early_stopped_run_that_dies_before_its_summary_makes_no_further_step
         Engine(config(output)).train()
     assert Engine(config(output)).train()["steps"] == 2
     assert run_bits(output) == run_bits(tmp_path / "whole")
+
+
+def test_the_summary_counts_the_kernels_of_its_own_training(tmp_path: Path) -> None:
+    first, second = (Engine(config_of(tmp_path / name)).train()["kernels"] for name in ("one", "two"))
+    assert first == second != {}
+
+
+def test_a_logger_that_cannot_start_fails_the_run_by_name_and_leaves_room_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise ConnectionError("no server")
+
+    monkeypatch.setitem(trackers._KINDS, "tensorboard", refuses)
+    monkeypatch.setattr("hybridengine.engine.check_trackers", lambda names: None)
+    config = config_of(tmp_path / "run")
+    with pytest.raises(ConfigError, match="tensorboard cannot start"):
+        Engine({**config, "log": {"to": ["tensorboard"]}}).train()
+    assert Engine(config).train()["status"] == "finished"
 
 
 def test_a_stop_is_told_in_the_summary_and_needs_no_second_thought(tmp_path: Path) -> None:

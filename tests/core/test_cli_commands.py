@@ -341,3 +341,32 @@ def test_the_demo_moves_an_earlier_run_away_and_leaves_other_folders_alone(tmp_p
     with pytest.raises(OutputError, match="left alone"):
         make_room(output)
     assert (output / "thesis.txt").exists()
+
+
+def test_small_truths_of_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hybridengine.cli.result import _metrics
+    from hybridengine.config import load_config
+    from hybridengine.data import read_rows
+    from hybridengine.errors import ConfigError, DataError
+    from hybridengine.report.charts import Series, line_chart
+
+    shown = _metrics({"main": "accuracy", "accuracy": 0.5, "f1_micro": 0.5, "f1_macro": 0.4})
+    assert "micro" not in shown and "macro" in shown
+    with pytest.raises(ConfigError, match=r"unknown key 'lr'. Did you mean 'train.lr'\?"):
+        load_config({"lr": 1e-4})
+    (tmp_path / "a.jsonl").write_text('{"text": "a\n', encoding="utf-8")
+    with pytest.raises(DataError, match="control character at column 12"):
+        list(read_rows(tmp_path / "a.jsonl"))
+    chart = line_chart("k", "t", [Series("s", [(1, 0.1), (2, 0.1 - 1e-8), (3, 0.1)])])
+    assert chart is not None and len({tick.label for tick in chart.y_ticks}) == len(chart.y_ticks)
+    assert len({point.split(",")[1] for point in chart.lines[0].paths[0].split()}) == 1
+    assert "rows.jsonl" in call(capsys, "plugins", "info", "files")[1]
+    assert "REQUIRED" not in call(capsys, "plugins", "info", "template")[1]
+
+
+def test_a_mistyped_config_is_told_before_torch_is_imported() -> None:
+    code = "import sys; from hybridengine.cli.main import main\ntry: main(sys.argv[1:])\n"
+    code += "finally: print('torch' in sys.modules)"
+    for command in ("train", "plan", "validate"):
+        done = subprocess.run([sys.executable, "-c", code, command, "lost.yaml"], capture_output=True, text=True)
+        assert "lost.yaml: cannot be read" in done.stderr and done.stdout.strip() == "False", command

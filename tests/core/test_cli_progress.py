@@ -35,8 +35,8 @@ def test_plain_lines_are_few_and_carry_the_last_loss(
     ]
     # 9.9 s pass after the first line: one more when 5 s are over, and the last step.
     steps = [line for line in lines if line.startswith("step ")]
-    assert len(steps) == 3 and steps[1].startswith("step 5") and "loss 0.5" in steps[1]
-    assert steps[2] == "step 100/100  loss 0.5  1,234.5 samples/s"
+    assert len(steps) == 3 and steps[1].startswith("step 5") and "loss 0.5 at step 2" in steps[1]
+    assert steps[2] == "step 100/100  loss 0.5 at step 2  1,234.5 samples/s"
     assert lines[-2:] == ["validation accuracy 0.9000", "finished"]
 
 

@@ -42,6 +42,17 @@ def test_sources() -> None:
     assert card["source"] == "a.csv and 1 more, c.csv"
 
 
+def test_the_digest_tells_texts_labels_and_order() -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    others = [rows[::-1], rows[:1], [rows[0], {"text": "b", "label": "x"}], [rows[0], {"text": "B", "label": "y"}]]
+
+    def digest(rows: list[dict[str, Any]]) -> str:
+        return str(data_card({"train": Split("train", rows)}, ["text"])["splits"]["train"]["digest"])
+
+    assert digest(rows) == digest([dict(reversed(row.items())) for row in rows])
+    assert len({digest(other) for other in [rows, *others]}) == 5
+
+
 def test_token_lengths() -> None:
     card = data_card({"train": Split("train", [{"text": "a b"}] * 4)}, ["text"])
     cut = {"train": [False, False, True, True], "absent": [False]}

@@ -23,6 +23,8 @@ class Roles:
     optional_columns: Sequence[str] = ()
 
     def check_row(self, row: Mapping[str, Any]) -> str | None:
+        if not all(isinstance(word, str) for word in row.get("tokens", ())):
+            return "has tokens that are no words"
         if "tags" in row and len(row["tags"]) != len(row["tokens"]):
             return "has other numbers of tokens and tags"
         return None
@@ -230,6 +232,12 @@ def test_missing_splits_are_carved_and_given_ones_stay() -> None:
 def test_unlabelled_rows_need_no_label_and_leak_none() -> None:
     splits, _ = run(train=GOOD, unlabelled=[{"text": "u", "label": "zzz"}, {"text": "v"}])
     assert list(splits["unlabelled"].rows) == [{"text": "u"}, {"text": "v"}]
+
+
+def test_unlabelled_rows_are_checked_by_the_task() -> None:
+    train = [{"tokens": ["a"], "tags": ["O"]}]
+    with pytest.raises(DataError, match=r"unlabelled\.jsonl:2: has tokens that are no words"):
+        run(TAGS, train=train, unlabelled=[{"tokens": ["u"]}, {"tokens": [1, 2]}])
 
 
 def test_limit_is_told() -> None:

@@ -219,14 +219,64 @@ def test_a_non_finite_gradient_of_a_finite_loss_stops_too() -> None:
     assert equal(bench.parameters(), before)
 
 
-def test_with_a_dynamic_loss_scale_the_step_is_skipped_and_the_scale_halved() -> None:
-    bench = bench_of(lr=0.1, loss_scale=1024.0, task=Poisoned(0, float("inf")))
+def test_an_overflow_under_a_dynamic_loss_scale_skips_the_step_and_halves_the_scale() -> None:
+    bench = bench_of(lr=0.1, loss_scale=1024.0, task=Poisoned(0, float("inf"), gradient_only=True))
     before = bench.parameters()
     bench.step([make_batch()])
     assert equal(bench.parameters(), before)
     assert bench.run.loss_scale.value == 512.0
     bench.step([make_batch(first_row=40)])
     assert not equal(bench.parameters(), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_loss_is_no_matter_of_the_loss_scale(value: float) -> None:
+    bench = bench_of(lr=0.1, loss_scale=1024.0, task=Poisoned(40, value))
+    before = bench.parameters()
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss is not finite on rows \[40, 41, 42, 43\]"):
+        bench.step([make_batch(), make_batch(first_row=40)])
+    assert equal(bench.parameters(), before)
+    assert bench.run.loss_scale.value == 1024.0
+
+
+def test_the_loss_scale_has_a_floor_at_which_an_overflow_stops_the_run() -> None:
+    bench = bench_of(lr=0.1, loss_scale=4.0, task=Poisoned(0, float("nan"), gradient_only=True))
+    for scale in (2.0, 1.0):
+        bench.step([make_batch()])
+        assert bench.run.loss_scale.value == scale
+    said = (
+        r"step 3: the loss is finite but the gradient norm is nan at the smallest loss scale, 1, on rows \[0, 1, 2, 3\]"
+    )
+    with pytest.raises(NonFiniteError, match=said):
+        bench.step([make_batch()])
+    assert bench.run.loss_scale.value == 1.0
+
+
+def test_an_overflow_in_an_inner_loop_is_told_from_a_bad_loss() -> None:
+    """Its gradient spoils the parameters of the query pass, whose loss then is not finite."""
+    bench = bench_of(lr=0.1, loss_scale=4.0)
+    ctx, weight = bench.ctx, next(iter(bench.run.optimised().values()))
+
+    def gradient(ctx: Context, works: Any) -> dict[str, Tensor]:
+        inner = (weight * 0).sum()
+        inner.register_hook(lambda g: g * float("inf"))
+        (way,) = ctx.grad(inner, [weight])
+        assert way is not None
+        ctx.witness.append(((0,), way.sum()))
+        return {}
+
+    ctx.gradient = gradient
+    bench.step([make_batch()])
+    assert bench.run.loss_scale.value == 2.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_schedule_counts_skipped_steps_as_the_run_does() -> None:
+    bench = bench_of(lr=1.0, loss_scale=1024.0, task=Poisoned(0, float("inf"), gradient_only=True))
+    bench.run.scheduler = torch.optim.lr_scheduler.LambdaLR(bench.run.optimizer, lambda step: 0.5**step)
+    for first_row in (0, 40, 0):
+        bench.step([make_batch(first_row=first_row)])
+        assert bench.run.optimizer.param_groups[0]["lr"] == 0.5**bench.run.step
 
 
 def test_the_schedule_ticks_once_per_optimizer_step() -> None:

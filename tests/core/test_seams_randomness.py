@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridengine.seams import KeyedRows, View, mix, permutation
-from hybridengine.testing import Bench, make_batch, set_up, tiny_bert
+from hybridengine.errors import ConfigError
+from hybridengine.model import choose_device
+from hybridengine.seams import KeyedRows, View, mix, permutation, randomness
+from hybridengine.stack.toy import toy_run
+from hybridengine.testing import Bench, make_batch, set_up, tiny_bert, tiny_config
 
 ROWS = st.lists(st.integers(0, 2**43), min_size=1, max_size=5, unique=True)
 
@@ -48,6 +51,48 @@ def test_a_keyed_forward_neither_reads_nor_moves_the_global_stream() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(123)
         assert torch.equal(logits(bench, View(key=1)), one)
+
+
+def test_on_another_device_draws_on_the_host_are_keyed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer drop is a `torch.rand([])` whatever the model's device."""
+    other = torch.Generator()
+    monkeypatch.setattr(randomness, "generator_of", lambda device: other)
+    host, device = torch.get_rng_state(), other.get_state()
+    draws = []
+    for _ in range(2):
+        torch.rand(3)
+        moved = torch.get_rng_state()
+        with randomness.dropout_key(torch.device("cuda", 0), 5):
+            draws.append((float(torch.rand([])), float(torch.rand([], generator=other))))
+        assert torch.equal(torch.get_rng_state(), moved)
+        assert torch.equal(other.get_state(), device)
+    torch.set_rng_state(host)
+    assert draws[0] == draws[1]
+
+
+def test_a_gpu_without_number_means_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "default_generators", tuple(torch.Generator() for _ in range(3)))
+    for wish, device in (("cuda", "cuda:2"), ("auto", "cuda:2"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert choose_device(wish) == torch.device(device)
+    assert randomness.generator_of(torch.device("cuda")) is torch.cuda.default_generators[2]
+    assert randomness.generator_of(torch.device("cuda:0")) is torch.cuda.default_generators[0]
+    with pytest.raises(ConfigError, match="there are 3 GPUs"):
+        choose_device("cuda:3")
+
+
+def test_planning_leaves_the_callers_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds every GPU as well, at once or as soon as there is a context."""
+    touched: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", touched.append)
+    before = torch.get_rng_state()
+    weights = [toy_run(tiny_config(), 3, 4)[0].model.classifier.weight for _ in range(2)]
+    assert touched == []
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*weights)
 
 
 def test_the_global_stream_is_restored_after_an_exception() -> None:

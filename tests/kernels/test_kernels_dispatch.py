@@ -93,6 +93,8 @@ def test_runs_are_counted_by_implementation() -> None:
     loss = kernels.cross_entropy(large, target.repeat(5))
     loss.backward()
     assert kernels.used() == {"cross_entropy": {"reference": 1, "cpu": 1}}
+    assert kernels.used(since=kernels.used()) == {}
+    assert kernels.used(since={"cross_entropy": {"cpu": 1}}) == {"cross_entropy": {"reference": 1}}
     kernels.reset_used()
     assert kernels.used() == {}
 

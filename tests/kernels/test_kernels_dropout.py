@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import ISAS, needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,8 +15,6 @@ from torch.nn import functional
 from hybridengine import kernels
 from hybridengine.kernels.dropout import mode
 from hybridengine.kernels.dropout.reference import threefry
-
-from conftest import ISAS, needs_native
 
 LARGE = (64, 512)  # elements enough for the kernel to pay
 

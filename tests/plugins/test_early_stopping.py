@@ -33,6 +33,8 @@ def _stopped_at(method, values, metric="accuracy", run=None):
         ([0.1, 0.2, 0.3], 1, None),
         ([math.nan, 0.1, math.nan, math.nan], 2, 3),
         ([math.nan, math.nan], 2, 1),
+        ([0.5, None, None], 2, 2),
+        ([None, math.inf, 0.5], 2, 1),
     ],
 )
 def test_stops_after_patience_evaluations_without_a_better_one(values, patience, expected):

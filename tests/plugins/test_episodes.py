@@ -17,6 +17,7 @@ from hybridengine.stack.compose import evaluation
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_tokenizer
 from hybridengine_plugins.meta.episodes import Episodes
 from hybridengine_plugins.meta.maml import MAML
+from hybridengine_plugins.regularize.label_smoothing import LabelSmoothing
 from hybridengine_plugins.tasks.text_classification import TextClassification
 
 MODEL = tiny_bert(num_labels=3)
@@ -148,6 +149,23 @@ def test_adaptation_lowers_the_support_loss_and_leaves_the_model_alone():
     assert torch.equal(prediction.scores, reference)
     assert not prediction.scores.requires_grad
     assert all(torch.equal(before[k], p) and p.grad is None for k, p in bench.run.may_optimise.items())
+
+
+def test_adaptation_reports_no_effects_of_training():
+    bench = set_up([Episodes(ways=3), LabelSmoothing()], tiny_bert(num_labels=3), _batch())
+    bench.step([make_batch()])
+    bench.run.step = 0  # the method measures in every tenth step
+
+    def count():
+        bench.effects.flush()
+        return bench.effects.summary()["label-smoothing"]["loss_change"]["count"]
+
+    assert count() == 1
+    with evaluation(bench.ctx, bench.hooks), torch.no_grad():
+        bench.ctx.predict(bench.ctx, _batch(), View(key=7))
+    assert count() == 1
+    bench.step([make_batch()])
+    assert count() == 2
 
 
 def test_adaptation_is_plain_gradient_descent():

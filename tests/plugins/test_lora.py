@@ -52,6 +52,17 @@ def test_starts_at_the_pretrained_function_and_moves_only_what_it_declares(name,
     assert any("lora_A" in k for k in before if not torch.equal(before[k], bench.run.model.state_dict()[k]))
 
 
+def test_the_random_start_leaves_the_callers_generators_alone(monkeypatch):
+    """`torch.manual_seed` seeds every GPU as well, at once or as soon as there is a context."""
+    touched, models = [], [tiny_bert(num_labels=3) for _ in range(2)]
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", touched.append)
+    before = torch.get_rng_state()
+    starts = [set_up([LoRA(r=2)], model, BATCH).parameters() for model in models]
+    assert touched == []
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(start, starts[1][name]) for name, start in starts[0].items())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_equals_unmerged(name):
     bench = set_up([LoRA(r=2, alpha=3)], MODELS[name]().double(), BATCH, lr=0.5)

@@ -14,6 +14,7 @@ from hybridengine.stack.plan import make_plan
 from hybridengine.stack.resolve import as_method
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_config
 from hybridengine_plugins.adversarial.fgm import FGM
+from hybridengine_plugins.adversarial.vat import VAT
 from hybridengine_plugins.meta.episodes import Episodes
 from hybridengine_plugins.meta.reptile import Reptile
 
@@ -52,6 +53,19 @@ def test_plain_sgd_moves_to_the_end_of_the_way():
     bench = _bench(Reptile(inner_lr=0.3, inner_steps=2), lr=1.0)
     bench.step([episode(0)])
     torch.testing.assert_close(bench.parameters()["theta"], START - _way(episode(0), 0.3, 2), rtol=1e-12, atol=1e-12)
+
+
+def test_unlabelled_rows_take_part_in_the_steps_on_query_rows():
+    """They are counted among `all_rows`, so that without them the term would be a part of what it should be."""
+    query = make_batch(4, 7)
+    parts = {"support": make_batch(3, 6, seed=9, first_row=50), "query": query}
+    unlabelled = make_batch(6, 6, seed=5, first_row=90)
+    counts = {**query.counts, "all_rows": 10}
+    batch = replace(query, parts={**parts, "unlabelled": unlabelled}, counts=counts)
+    bench = set_up([Reptile(inner_steps=2), VAT()], tiny_bert(num_labels=3), batch)
+    terms = bench.step([batch])
+    assert bench.ctx.trace.text().count("F6") == 2  # the divergence of the six unlabelled rows, in the second step
+    assert float(terms["vat_unlabelled"]) > 0
 
 
 def test_on_bert_only_chosen_parameters_get_a_gradient_and_weights_stay():

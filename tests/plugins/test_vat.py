@@ -71,7 +71,7 @@ def test_unlabelled_rows_count_like_labelled_ones() -> None:
     d = KeyedRows((0, f"vat/{SITE}", 0), part.rows).normal(*zero.shape[1:]).double() * mask
     at = (0.3 * unit(d)).requires_grad_()
     clean = plain.logits(part, 0).detach()
-    r = unit(torch.autograd.grad(kl(clean, plain.logits(part, 0, at)), at)[0])
+    r = VAT().epsilon * unit(torch.autograd.grad(kl(clean, plain.logits(part, 0, at)), at)[0])
     wanted = 0.7 * kl(clean, plain.logits(part, 0, r)) * 6 / 10
     torch.testing.assert_close(terms["vat_unlabelled"], wanted.detach())
     assert bench.ctx.trace.text() == "F4 F4 G F4 f6 F6 G F6 B S"
@@ -87,6 +87,11 @@ def test_an_attack_on_labelled_rows_does_not_reach_unlabelled_ones() -> None:
     still, moved = terms(0.0), terms(2.0)
     assert torch.equal(still["vat_unlabelled"], moved["vat_unlabelled"])
     assert not torch.equal(still["vat"], moved["vat"])
+
+
+def test_the_default_radius_is_a_fraction_of_a_words_vector() -> None:
+    """Word vectors of BERT-type models have norms of 1.0 to 1.5; a radius of one is another word, not a neighbour."""
+    assert 0.1 <= VAT().epsilon / 1.25 <= 1 / 3
 
 
 def test_weight_zero_is_plain_training() -> None:
@@ -111,12 +116,12 @@ def test_cost() -> None:
         assert bench.ctx.trace.text() == text
         assert cost_of(bench.ctx.trace.events, 4) == cost
     assert bench.effect("vat", "kl") > 0
-    assert bench.effect("vat", "delta_norm") == pytest.approx(1.0)
+    assert bench.effect("vat", "delta_norm") == pytest.approx(VAT().epsilon)
 
 
 def test_the_direction_changes_predictions_more_than_noise() -> None:
     batch = make_batch()
-    found = float(set_up([VAT(steps=2)], bert(0.0), batch).step([batch])["vat"])
+    found = float(set_up([VAT(epsilon=1.0, steps=2)], bert(0.0), batch).step([batch])["vat"])
     plain = Plain(bert(0.0))
     with torch.no_grad():
         clean = plain.logits(batch, 0)

@@ -23,13 +23,21 @@ def run(
     """Show what a training step does and costs.
 
     The composed methods, passes of each phase, cost, memory and kernels; trains and writes nothing.
+    With stages, one plan for each; as JSON, a list under `stages`.
     """
+    from hybridengine.config import read_source
+
+    read_source(config)  # what is wrong with the file is told before torch is imported
     from hybridengine.engine import Engine
     from hybridengine.kernels import explain
 
-    plan = Engine(config, overrides or []).plan()
-    plan.kernels = plan.kernels or [row._asdict() for row in explain() if row.chosen]
+    plans = Engine(config, overrides or []).plans()
+    for plan in plans:
+        plan.kernels = plan.kernels or [row._asdict() for row in explain() if row.chosen]
     if as_json:
-        console.print_json(plan.to_dict())
-    else:
+        console.print_json(plans[0].to_dict() if len(plans) == 1 else {"stages": [plan.to_dict() for plan in plans]})
+        return
+    for number, plan in enumerate(plans, 1):
+        if len(plans) > 1:
+            console.line(f"{chr(10) if number > 1 else ''}stage {number} of {len(plans)}", style="bold")
         show_plan(plan)

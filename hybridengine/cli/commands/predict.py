@@ -43,7 +43,7 @@ def run(
     """
     from hybridengine import load
 
-    run_folder(folder)
+    folder = run_folder(folder)
     rows = read_inputs(file, form)
     chunk = list(islice(rows, batch_size * _BATCHES))  # a wrong file is told before the model is loaded
     predictor = load(folder)

@@ -22,6 +22,9 @@ def run(
 
     Trains and writes nothing; tells every problem of the config at once.
     """
+    from hybridengine.config import read_source
+
+    read_source(config)  # what is wrong with the file is told before torch is imported
     from hybridengine.engine import Engine
 
     engine = Engine(config, overrides or [])

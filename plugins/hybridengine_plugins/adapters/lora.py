@@ -83,7 +83,7 @@ class LoRA:
             task_type=next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
             fan_in_fan_out=_transposed(model, targets),
         )
-        with quiet(), _seeded(mix(run.seed, "lora"), model):
+        with quiet(), _seeded(mix(run.seed, "lora")):
             adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
         whole = f"; {', '.join(heads)} trained in full" if heads else ""
         run.say(f"lora: rank {self.r} on {_count(adapted)} layers{whole}")
@@ -151,9 +151,14 @@ def _count(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, model: nn.Module) -> Iterator[None]:
-    """Global random streams inside start from `seed`, and are as before afterwards."""
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(seed)
+def _seeded(seed: int) -> Iterator[None]:
+    """The host's random stream, from which PEFT draws A, starts from `seed` inside and is as before afterwards.
+
+    `torch.manual_seed` would reseed every GPU as well.
+    """
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.default_generator.set_state(before)

@@ -41,6 +41,7 @@ class SAM:
         slots=("weight_perturbation",),
         effect="perturbation_norm",
         cost="the inner passes twice, and a copy of the trainable weights beside their gradient; 2x a plain step",
+        state=2,
         paper="Foret et al.: Sharpness-Aware Minimization, ICLR 2021; Kwon et al.: ASAM, ICML 2021",
         combines="lora, ema, rdrop; it doubles the cost of an embedding attack; not with another weight perturbation",
     )

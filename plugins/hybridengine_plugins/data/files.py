@@ -36,7 +36,7 @@ class Files:
 
     traits: ClassVar[Traits] = Traits(kind="data", family="data", cost="reads every row once", combines="any task")
 
-    train: Any = parameter(help=f"training rows: {_SOURCE}")
+    train: Any = parameter(help=f"training rows: {_SOURCE}", example="rows.jsonl")
     validation: Any = parameter(None, f"validation rows: {_SOURCE}; carved from training when left out")
     test: Any = parameter(None, f"test rows: {_SOURCE}")
     unlabelled: Any = parameter(None, f"rows without labels, for methods that use them: {_SOURCE}")

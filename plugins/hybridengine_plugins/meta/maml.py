@@ -38,6 +38,7 @@ class MAML:
         requires=("episodes", "functional"),
         effect="shift",
         cost="9K + 3 per episode, first order 3K + 3; a plain step costs 3",
+        state=1,
         paper="Finn, Abbeel, Levine 2017, arXiv:1703.03400",
         combines="episodes (needed), attacks, rdrop, sam, lora; not gradient checkpointing",
     )

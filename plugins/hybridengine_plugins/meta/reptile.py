@@ -37,6 +37,7 @@ class Reptile:
         ignores_inner=("backward",),
         effect="shift",
         cost="3K per episode; a plain step costs 3",
+        state=1,
         paper="Nichol, Achiam, Schulman 2018, arXiv:1803.02999",
         combines="episodes (needed), loss terms, sam, lora; not embedding attacks",
     )
@@ -62,7 +63,8 @@ class Reptile:
             raise ConfigError("reptile: this batch has no support rows; add `episodes: {ways: N, shots: K}`")
         if not start:
             raise ConfigError(f"reptile: inner_parameters {list(self.inner_parameters)} match no trained parameter")
-        rounds = (support, replace(work.batch, parts={}))
+        parts = {name: part for name, part in work.batch.parts.items() if name not in ("support", "query")}
+        rounds = (support, replace(work.batch, parts=parts))
         weight, terms = work.weights["episodes"], {}
         view = work.view.clean()
         fast: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in start.items()}

@@ -29,6 +29,7 @@ class AdamW:
         family="optim",
         slots=("optimizer",),
         cost="two moments per trained parameter",
+        state=2,
         paper="Loshchilov and Hutter 2019, arXiv:1711.05101",
         combines="everything except other optimizers",
     )

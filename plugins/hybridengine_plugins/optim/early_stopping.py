@@ -19,8 +19,8 @@ _LOWER = ("loss", "perplexity", "error", "ece")
 class EarlyStopping:
     """Stops training after `patience` evaluations in a row without a better validation metric.
 
-    Maths: an evaluation is better if its metric beats the best so far by more than `min_delta`; NaN never is. Best
-    value and count are part of the run's state, so a resumed run stops at the same step.
+    Maths: an evaluation is better if its metric beats the best so far by more than `min_delta`; one that is no
+    number never is. Best value and count are part of the run's state, so a resumed run stops at the same step.
 
     Paper: Prechelt 1998, "Early Stopping, But When?".
     Hooks: `check_stack`, `on_evaluate`. Cost: none. Combines with everything.
@@ -50,13 +50,14 @@ class EarlyStopping:
             ConfigError: if the metric is none of this evaluation's.
         """
         name = self.metric or run.config.evaluate.metric or run.task.metric
-        if not isinstance(metrics.get(name), int | float):
+        if not isinstance(metrics.get(name, ""), int | float | None):
             known = [key for key, value in metrics.items() if isinstance(value, int | float)]
             raise ConfigError(f"early-stopping: no metric {name!r} in this evaluation.{did_you_mean(name, known)}")
-        value, state = float(metrics[name]), run.state("early-stopping")
+        value = math.nan if metrics[name] is None else float(metrics[name])
+        state = run.state("early-stopping")
         sign = 1.0 if self._larger(run, name) else -1.0
         best = state.get("best")
-        if not math.isnan(value) and (best is None or sign * (value - best) > self.min_delta):
+        if math.isfinite(value) and (best is None or sign * (value - best) > self.min_delta):
             state.update(best=value, step=run.step, waited=0)
             return
         state["waited"] = state.get("waited", 0) + 1

@@ -43,7 +43,11 @@ class Template:
         combines="lora, attacks, consistency terms; not episodes",
     )
 
-    verbalizer: dict[str, str | list[str]] = parameter(help="label to its word or words at the mask", min_length=1)
+    verbalizer: dict[str, str | list[str]] = parameter(
+        help="label to its word or words at the mask",
+        example={"negative": ["bad", "terrible"], "positive": "great"},
+        min_length=1,
+    )
     text: str = parameter("{text} It was [MASK].", "template: `{role}` is a column's text, `[MASK]` the label word")
     _cloze: Cloze | None = field(default=None, init=False, repr=False)
 

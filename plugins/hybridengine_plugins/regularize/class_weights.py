@@ -55,9 +55,9 @@ class ClassWeights:
 
     @hook
     def on_run_start(self, run: Run) -> None:
-        """Fix the weight of every class."""
+        """Fix the weight of every class; none matters where nothing is trained."""
         labels = [str(label) for label in run.labels]
-        if run.dry:
+        if run.dry or run.predicting:
             values = [1.0] * len(labels)
         elif self.weights == "balanced":
             values = self._balanced(run, labels)

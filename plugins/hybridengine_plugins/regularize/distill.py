@@ -25,7 +25,8 @@ class Distill:
 
     T^2 keeps the gradient's size independent of the temperature T. The teacher is frozen, sees clean inputs without
     dropout, and is evaluated once per micro-batch however many passes the stack makes (but anew for each doubled
-    batch of an outer rdrop). Token tasks take each row's mean over its scored tokens.
+    batch of an outer rdrop). Token tasks take each row's mean over its scored tokens; multi-label tasks put a sigmoid
+    in the place of the softmax and sum over the labels.
 
     Hooks: `on_run_start`, `wrap_loss`. Defaults: alpha 0.5, temperature 2, the middle of the published range.
     """
@@ -46,8 +47,10 @@ class Distill:
 
     @hook
     def on_run_start(self, run: Run) -> None:
-        """Load the teacher, frozen and without dropout."""
+        """Load the teacher, frozen and without dropout; predictions need none."""
         self._taught.clear()
+        if run.predicting:
+            return
         try:
             teacher = run.load_model(self.teacher)
         except ModelError as error:
@@ -64,7 +67,7 @@ class Distill:
                 f"distill: the teacher {self.teacher} gives scores of shape {tuple(taught.shape)}, the student"
                 f" {tuple(scores.shape)}; both need the same classes or vocabulary"
             )
-        kl = kl_rows(taught, scores, batch, temperature=self.temperature)
+        kl = kl_rows(taught, scores, batch, ctx.run.task, temperature=self.temperature)
         terms = {name: ((1 - self.alpha) * value, unit) for name, (value, unit) in out.terms.items()}
         terms["distill"] = (self.alpha * self.temperature**2 * kl, "rows")
         ctx.report(self, kl=kl / batch.size)

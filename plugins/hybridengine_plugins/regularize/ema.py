@@ -39,6 +39,7 @@ class EMA:
         order=Band.AVERAGE,
         effect="distance",
         cost="no extra passes; a copy of the trainable weights, and a pass over them per step",
+        state=1,
         paper="Polyak, Juditsky: Acceleration of Stochastic Approximation by Averaging, 1992; Tarvainen, Valpola, 2017",
     )
 

@@ -18,7 +18,7 @@ class RDrop:
 
         loss = (CE_1 + CE_2) / 2 + alpha (KL(p_1 || p_2) + KL(p_2 || p_1)) / 2
 
-    Token tasks take each row's mean over its scored tokens. Both sides receive gradients. Adding alpha to the mean
+    Token tasks take each row's mean over its scored tokens, multi-label tasks the sum over the labels. Both sides receive gradients. Adding alpha to the mean
     of the cross-entropies keeps alpha as in the paper while the size of the loss stays that of plain training.
 
     Hook: `wrap_loss`. Default: alpha 1 (paper: 0.1 to 1 for understanding tasks, 5 for translation).
@@ -42,6 +42,6 @@ class RDrop:
         views = [view.fork("rdrop", 0), view.fork("rdrop", 1)]
         terms, outs = ctx.several(inner, batch, views)
         p, q = outs[0].scores, outs[1].scores
-        kl = (kl_rows(p, q, batch) + kl_rows(q, p, batch)) / 2
+        kl = (kl_rows(p, q, batch, ctx.run.task) + kl_rows(q, p, batch, ctx.run.task)) / 2
         ctx.report(self, kl=kl / batch.size)
         return replace(outs[0], terms={**terms, "rdrop": (self.alpha * kl, "rows")})

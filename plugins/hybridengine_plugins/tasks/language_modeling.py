@@ -9,15 +9,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hybridengine import kernels
 from hybridengine.evaluate import LossMetrics, check_metric
 from hybridengine.plugin import Run, Split, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
-from hybridengine.text import blocks, head_patterns, padded_inputs, set_pad_token, tokenise, usable_length
+from hybridengine.text import (
+    IGNORED,
+    blocks,
+    head_patterns,
+    padded_inputs,
+    set_pad_token,
+    token_prediction,
+    token_terms,
+    tokenise,
+    usable_length,
+)
 
 __all__ = ["LanguageModeling"]
-
-_IGNORED = -100
 
 
 @dataclass(eq=False)
@@ -83,8 +90,8 @@ class LanguageModeling:
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
         scored = torch.zeros_like(attention)
         scored[:, :-1] = attention[:, :-1] * attention[:, 1:]
-        targets = torch.full_like(ids, _IGNORED)
-        targets[:, :-1] = torch.where(scored[:, :-1] == 1, ids[:, 1:], _IGNORED)
+        targets = torch.full_like(ids, IGNORED)
+        targets[:, :-1] = torch.where(scored[:, :-1] == 1, ids[:, 1:], IGNORED)
         size = len(features)
         counts = {"rows": size, "all_rows": size, "episodes": 1, "tokens": int(scored.sum())}
         return Batch(inputs, targets, tuple(rows), {**masks, "scored": {"input_ids": scored}}, counts)
@@ -98,19 +105,13 @@ class LanguageModeling:
         self, logits: Tensor, batch: Batch, *, weight: Tensor | None = None, label_smoothing: float = 0.0
     ) -> dict[str, Term]:
         """The loss from logits `[B, L, V]`."""
-        flat, target = logits.flatten(0, 1), batch.targets.flatten()
-        options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": _IGNORED}
-        return {"loss": (kernels.cross_entropy(flat, target, reduction="sum", **options), "tokens")}
+        return token_terms(logits, batch, weight=weight, label_smoothing=label_smoothing)
 
     def predict(self, ctx: Context, batch: Batch, view: View) -> Prediction:
         """Loss and predicted tokens of each row; no probabilities, which would be as large as the vocabulary."""
         with torch.no_grad():
             (out,) = ctx.outputs(batch, [view])
-            flat, target = out.logits.flatten(0, 1), batch.targets.flatten()
-            each = kernels.cross_entropy(flat, target, reduction="none").view(batch.targets.shape)
-            rows = each.sum(1)
-            tokens = (batch.targets != _IGNORED).sum(1)
-            return Prediction(terms={"loss": (rows.sum(), "tokens")}, per_row={"loss": rows, "tokens": tokens})
+            return token_prediction(out.logits, batch)
 
     def metrics(self, run: Run) -> LossMetrics:
         """Fresh metrics."""

@@ -9,23 +9,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hybridengine import kernels
 from hybridengine.errors import ModelError
 from hybridengine.evaluate import LossMetrics, check_metric
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
 from hybridengine.text import (
+    IGNORED,
     head_patterns,
     padded_inputs,
     set_pad_token,
     to_side,
+    token_prediction,
+    token_terms,
     tokenise,
     usable_length,
 )
 
 __all__ = ["MaskedLanguageModeling"]
-
-_IGNORED = -100
 
 
 @dataclass(eq=False)
@@ -116,7 +116,7 @@ class MaskedLanguageModeling:
         rank = draws[..., 0].masked_fill(~ordinary, 2.0)
         # The lowest draw is among the chosen whenever any is; it alone is chosen in rows that would have none.
         chosen = ordinary & ((rank < self.share) | (rank == rank.min(1, keepdim=True).values))
-        targets = inputs["input_ids"].masked_fill(~chosen, _IGNORED)
+        targets = inputs["input_ids"].masked_fill(~chosen, IGNORED)
         inputs["input_ids"] = self._hidden(run.tokenizer, inputs["input_ids"], chosen, draws)
         size = len(features)
         counts = {"rows": size, "all_rows": size, "episodes": 1, "tokens": int(chosen.sum())}
@@ -142,21 +142,15 @@ class MaskedLanguageModeling:
         self, logits: Tensor, batch: Batch, *, weight: Tensor | None = None, label_smoothing: float = 0.0
     ) -> dict[str, Term]:
         """The loss from logits `[B, L, V]`."""
-        flat, target = logits.flatten(0, 1), batch.targets.flatten()
-        options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": _IGNORED}
-        return {"loss": (kernels.cross_entropy(flat, target, reduction="sum", **options), "tokens")}
+        return token_terms(logits, batch, weight=weight, label_smoothing=label_smoothing)
 
     def predict(self, ctx: Context, batch: Batch, view: View) -> Prediction:
         """Loss, hidden tokens and rightly guessed ones of each row."""
         with torch.no_grad():
             (out,) = ctx.outputs(batch, [view])
-            flat, target = out.logits.flatten(0, 1), batch.targets.flatten()
-            each = kernels.cross_entropy(flat, target, reduction="none").view(batch.targets.shape)
-            rows = each.sum(1)
-            hidden = batch.targets != _IGNORED
-            correct = ((out.logits.argmax(-1) == batch.targets) & hidden).sum(1)
-            per_row = {"loss": rows, "tokens": hidden.sum(1), "correct": correct}
-            return Prediction(terms={"loss": (rows.sum(), "tokens")}, per_row=per_row)
+            made = token_prediction(out.logits, batch)
+            correct = (out.logits.argmax(-1) == batch.targets).sum(1)  # no token has the id of what is not scored
+            return replace(made, per_row={**made.per_row, "correct": correct})
 
     def metrics(self, run: Run) -> LossMetrics:
         """Fresh metrics."""

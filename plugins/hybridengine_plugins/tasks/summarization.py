@@ -9,25 +9,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hybridengine import kernels
 from hybridengine.errors import DataError, ModelError
 from hybridengine.evaluate import RougeMetrics, check_metric, check_rouge
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
 from hybridengine.text import (
+    IGNORED,
     base_model,
     head_patterns,
     padded,
     padded_inputs,
     set_pad_token,
     special_ids,
+    token_prediction,
+    token_terms,
     tokenise,
     usable_length,
 )
 
 __all__ = ["Summarization"]
-
-_IGNORED = -100
 
 
 @dataclass(eq=False)
@@ -109,8 +109,8 @@ class Summarization:
         """
         inputs, masks = padded_inputs(run, features, side="right")
         labels = [feature.get("label", []) for feature in features]
-        targets = padded(labels, _IGNORED)
-        attention = (targets != _IGNORED).long()
+        targets = padded(labels, IGNORED)
+        attention = (targets != IGNORED).long()
         decoder = _decoder_input(run.model, targets, run.tokenizer.pad_token_id)
         special = torch.tensor(sorted(special_ids(run.tokenizer)))
         movable = torch.zeros_like(attention)
@@ -138,9 +138,7 @@ class Summarization:
         """
         if batch.targets is None:
             raise DataError("these rows have no summary, so they have no loss")
-        flat, target = logits.flatten(0, 1), batch.targets.flatten()
-        options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": _IGNORED}
-        return {"loss": (kernels.cross_entropy(flat, target, reduction="sum", **options), "tokens")}
+        return token_terms(logits, batch, weight=weight, label_smoothing=label_smoothing)
 
     def predict(self, ctx: Context, batch: Batch, view: View) -> Prediction:
         """Generated ids `[B, T]`, and the loss of the true summary where there is one."""
@@ -155,10 +153,7 @@ class Summarization:
             if batch.targets is None:
                 return Prediction(generated=generated)
             (out,) = ctx.outputs(batch, [view])
-            flat, target = out.logits.flatten(0, 1), batch.targets.flatten()
-            rows = kernels.cross_entropy(flat, target, reduction="none").view(batch.targets.shape).sum(1)
-            per_row = {"loss": rows, "tokens": (batch.targets != _IGNORED).sum(1)}
-            return Prediction(generated=generated, terms={"loss": (rows.sum(), "tokens")}, per_row=per_row)
+            return replace(token_prediction(out.logits, batch), generated=generated)
 
     def metrics(self, run: Run) -> RougeMetrics:
         """Fresh metrics."""
@@ -183,4 +178,4 @@ def _decoder_input(model: Any, targets: Tensor, pad: int) -> Tensor:
         shifted: Tensor = inner.prepare_decoder_input_ids_from_labels(labels=targets)
         return shifted
     start = torch.full_like(targets[:, :1], inner.config.decoder_start_token_id)
-    return torch.cat([start, targets[:, :-1].masked_fill(targets[:, :-1] == _IGNORED, pad)], dim=1)
+    return torch.cat([start, targets[:, :-1].masked_fill(targets[:, :-1] == IGNORED, pad)], dim=1)

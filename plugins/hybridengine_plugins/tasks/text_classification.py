@@ -47,12 +47,14 @@ class TextClassification:
 
     multi_label: bool = parameter(False, "whether a row has a list of labels, each of which may apply or not")
     labels: list[str] = parameter(list, "label names in the order of their ids")
+    distribution: str = field(default="softmax", init=False)
     metric: str = field(default="accuracy", init=False)
     metric_names: Sequence[str] = field(default=ClassificationMetrics.NAMES, init=False)
     _ids: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.multi_label:
+            self.distribution = "bernoulli"
             self.metric, self.metric_names = "f1_micro", ClassificationMetrics.MULTI_LABEL_NAMES
 
     @hook

@@ -9,17 +9,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hybridengine import kernels
 from hybridengine.data import label_id, label_name, label_options, label_order
 from hybridengine.errors import DataError
 from hybridengine.evaluate import SpanMetrics, check_metric, word_tags
 from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomRows, Row, Term, View
-from hybridengine.text import head_patterns, padded, padded_inputs, set_pad_token, tokenise, usable_length
+from hybridengine.text import (
+    IGNORED,
+    head_patterns,
+    padded,
+    padded_inputs,
+    set_pad_token,
+    token_prediction,
+    token_terms,
+    tokenise,
+    usable_length,
+)
 
 __all__ = ["TokenClassification"]
-
-_IGNORED = -100
 
 
 @dataclass(eq=False)
@@ -105,7 +112,7 @@ class TokenClassification:
         tags = row.get("tags")
         if tags is not None:
             ids = [label_id(label_name(tag), self._ids) for tag in tags]
-            feature["label"] = [_IGNORED if word is None else ids[word] for word in first] or [_IGNORED]
+            feature["label"] = [IGNORED if word is None else ids[word] for word in first] or [IGNORED]
 
     def collate(self, run: Run, features: Sequence[Feature], rows: Sequence[int], random: RandomRows) -> Batch:
         """Pad to the longest; targets `[B, L]` with -100 where unscored, None unless every row is tagged."""
@@ -113,7 +120,7 @@ class TokenClassification:
         side = run.tokenizer.padding_side
         scored = padded([feature["scored"] for feature in features], 0, side)
         labelled = all("label" in feature for feature in features)
-        targets = padded([feature["label"] for feature in features], _IGNORED, side) if labelled else None
+        targets = padded([feature["label"] for feature in features], IGNORED, side) if labelled else None
         size = len(features)
         counts = {"rows": size, "all_rows": size, "episodes": 1, "tokens": int(scored.sum())}
         return Batch(inputs, targets, tuple(rows), {**masks, "scored": {"input_ids": scored}}, counts)
@@ -133,9 +140,7 @@ class TokenClassification:
         """
         if batch.targets is None:
             raise DataError("these rows have no tags, so they have no loss")
-        flat, target = logits.flatten(0, 1), batch.targets.flatten()
-        options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": _IGNORED}
-        return {"loss": (kernels.cross_entropy(flat, target, reduction="sum", **options), "tokens")}
+        return token_terms(logits, batch, weight=weight, label_smoothing=label_smoothing)
 
     def predict(self, ctx: Context, batch: Batch, view: View) -> Prediction:
         """Probabilities `[B, L, C]`; where rows are tagged, the loss, and each row's share of it."""
@@ -144,9 +149,7 @@ class TokenClassification:
             scores = out.scores.softmax(-1)
             if batch.targets is None:
                 return Prediction(scores)
-            each = kernels.cross_entropy(out.scores.flatten(0, 1), batch.targets.flatten(), reduction="none")
-            rows = each.view(batch.targets.shape).sum(1)
-            return Prediction(scores, terms={"loss": (rows.sum(), "tokens")}, per_row={"loss": rows})
+            return replace(token_prediction(out.scores, batch), scores=scores)
 
     def metrics(self, run: Run) -> SpanMetrics:
         """Fresh metrics."""

@@ -96,7 +96,7 @@ def test_skipped_rows_are_counted_in_summary_and_report(bench: Bench) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 FILES: dict[str, tuple[str, bytes, str]] = {
-    "empty": ("a.jsonl", b"", "a.jsonl: holds no rows; remove it from the config or fill it"),
+    "empty": ("a.jsonl", b"", "a.jsonl: holds no rows; fill it, or name another file"),
     "blank lines": ("a.jsonl", b"\n\n", "a.jsonl: holds no rows"),
     "only a header": ("a.csv", b"text,label\n", "a.csv: holds no rows"),
     "unknown format": ("a.txt", b"good\n", "a.txt: unknown format '.txt'; known are .jsonl"),
@@ -166,6 +166,16 @@ def test_a_label_that_training_lacks(bench: Bench) -> None:
     )
     lines = engine(bench, on_bad_row="skip")().validate()
     assert "warning: skipped 1 validation rows: label that training lacks (1)" in lines
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_too_small_for_episodes(split: str, bench: Bench) -> None:
+    write_rows(bench.folder / "few.jsonl", start=24, count=4)
+    methods = [{"episodes": {"ways": 2, "shots": 1, "queries": 2}}, "maml"]
+    sections: dict[str, Any] = {"methods": methods, "data": {split: "few.jsonl"}}
+    bench.refused(lambda: Engine(bench.config(**sections)), f"the {split} split has 2 classes, 0 of them with the 3")
+    spared = bench.config(methods=methods, data={"test": "few.jsonl"}, evaluate={"test": False})
+    Engine(spared).validate()  # what is never evaluated need not be large enough
 
 
 def test_columns_labels_and_shares_that_do_not_fit(bench: Bench) -> None:

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What a machine with a GPU adds to the checks: the tests marked `gpu`, and the benchmarks beside them.
+#
+#   OUT=somewhere benchmarks/gpu_check.sh
+#
+# The benchmarks time the host: the kernels are for CPUs, and a GPU runs their plain torch forms.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(realpath -m "${OUT:-benchmarks/results}")
+python=${PYTHON:-python}
+export PYTHONPATH="$PWD:$PWD/plugins${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$out"
+
+if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+  echo "gpu_check: torch sees no GPU here; run this on a machine with one" >&2
+  exit 2
+fi
+"$python" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())' | tee "$out/gpu.txt"
+
+failed=0
+"$python" -m pytest -m gpu -rs --junitxml "$out/gpu-tests.xml" tests/gpu 2>&1 | tee "$out/gpu-tests.txt" || failed=1
+"$python" benchmarks/bench_kernels.py --quick --output "$out/kernels-gpu-host.json" || failed=1
+"$python" benchmarks/bench_methods.py --rounds 5 --out "$out/methods-gpu-host.json" || failed=1
+exit "$failed"
