@@ -65,7 +65,8 @@ class RunFolder:
         changed = self._changed(config)
         if changed and not self._holds_nothing():
             steps = sorted(self.checkpoints.glob("step-*"))
-            start = f" To go on from it with these keys: output=ANOTHER resume={steps[-1]}" if steps else ""
+            longer = steps and {"train.epochs", "train.max_steps"}.issuperset(changed)  # a checkpoint brings its own lr
+            start = f" To train it for longer: output=ANOTHER resume={steps[-1]}" if longer else ""
             raise OutputError(
                 f"output {path} holds a run of another config; changed: {', '.join(changed)}. Choose another `output`,"
                 f" or restore these keys to go on with that run.{start}"

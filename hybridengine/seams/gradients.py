@@ -171,7 +171,7 @@ class Gradients:
         if run.scheduler is not None:
             with contextlib.nullcontext() if finite else _tick_without_update():
                 run.scheduler.step()
-        return float(norm)
+        return norm
 
     def _accuse(self, norm: float, losses: Sequence[float]) -> str:
         pairs = zip(self.witness, losses, strict=True)

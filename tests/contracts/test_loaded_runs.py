@@ -162,7 +162,7 @@ def test_plan_refuses_the_output_and_start_that_validate_refuses(tmp_path: Path)
 
 def test_validate_tells_an_occupied_output_together_with_bad_data(adapted: Path) -> None:
     config = run_config(["lora"], adapted, data={"columns": {"text": "body"}})
-    with pytest.raises(OutputError, match=r"(?s)another config.*resume=.*step-00000001.*'body'"):
+    with pytest.raises(OutputError, match=r"(?s)another config.*'body'"):
         Engine(config).validate()
 
 

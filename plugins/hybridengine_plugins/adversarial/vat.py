@@ -33,9 +33,9 @@ class VAT:
 
     Hook: `wrap_loss`. Defaults: epsilon 0.3 per sequence, about a quarter of a word's vector in BERT-type models (their
     norms are 1.0 to 1.5), as in the paper on text, whose 5 is a third of its vectors of 256 entries of variance 1. It
-    may exceed fgm's 0.1: the clean loss keeps its full weight, and the term grows with epsilon squared. xi 0.3 lies in the window where the finite difference has the
-    right direction both in fp32 (larger ones see curvature) and under bf16 autocast (smaller ones drown in rounding:
-    published values of 1e-5 give a random direction there).
+    may exceed fgm's 0.1: the clean loss keeps its full weight, and the term grows with epsilon squared. xi 0.3 lies in
+    the window where the finite difference has the right direction both in fp32 (larger ones see curvature) and under
+    bf16 autocast (smaller ones drown in rounding: published values of 1e-5 give a random direction there).
     """
 
     traits: ClassVar[Traits] = Traits(

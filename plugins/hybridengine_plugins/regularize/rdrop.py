@@ -18,8 +18,9 @@ class RDrop:
 
         loss = (CE_1 + CE_2) / 2 + alpha (KL(p_1 || p_2) + KL(p_2 || p_1)) / 2
 
-    Token tasks take each row's mean over its scored tokens, multi-label tasks the sum over the labels. Both sides receive gradients. Adding alpha to the mean
-    of the cross-entropies keeps alpha as in the paper while the size of the loss stays that of plain training.
+    Token tasks take each row's mean over its scored tokens, multi-label tasks the sum over the labels. Both sides
+    receive gradients. Adding alpha to the mean of the cross-entropies keeps alpha as in the paper while the size of the
+    loss stays that of plain training.
 
     Hook: `wrap_loss`. Default: alpha 1 (paper: 0.1 to 1 for understanding tasks, 5 for translation).
     """
