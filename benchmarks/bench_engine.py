@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--stack", choices=[s for s in STACKS if s != "full"], nargs="*", default=[])
     parser.add_argument("--stack-lr", type=float, default=1e-3, help="adapters want a higher learning rate")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--no-trainer", action="store_true", help="run the engine alone")
+    parser.add_argument("--only", choices=["trainer", *STACKS], nargs="+", help="run these sides alone")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -184,7 +184,7 @@ def main() -> None:
         print(json.dumps(one(args.one, train, validation, args.seeds[0], args)))
         return
     for seed in args.seeds:
-        sides = ([] if args.no_trainer else ["trainer"]) + ["full", *args.stack]
+        sides = args.only or ["trainer", "full", *args.stack]
         for name in sides if seed % 2 == 0 else sides[::-1]:
             started = time.perf_counter()
             runs.setdefault(name, []).append({"seed": seed, **in_a_process(name, seed)})
@@ -213,7 +213,7 @@ def write(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> No
             "accuracy_mean_ci95": interval([e["accuracy"] for e in entries]),
             "samples_per_second": {"median": statistics.median(rates), "min": rates[0], "max": rates[-1]},
         }
-    if "trainer" in runs:
+    if {"trainer", "full"} <= runs.keys():
         pairs = list(zip(runs["full"], runs["trainer"], strict=True))
         ratios = [a["samples_per_second"] / b["samples_per_second"] for a, b in pairs]
         # One value a validation row, its mean over the seeds: the same rows under other seeds are no new rows.

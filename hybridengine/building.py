@@ -40,6 +40,8 @@ def initial_run(config: Config) -> Run:
     run = Run(config, device, precision, scale)
     if config.train.precision == "auto":
         run.say(f"precision {precision.name}: {precision.reason}")
+    elif precision.name == "fp16" and device.type == "cpu":
+        run.say("precision fp16: CPUs have no fast fp16 arithmetic, so this is many times slower than fp32 or auto")
     return run
 
 

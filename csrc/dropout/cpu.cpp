@@ -14,8 +14,8 @@ namespace {
 }  // namespace
 
 void dropout(const Dropout& work) {
-  const int64_t blocks = (work.count + 31) / 32;
-  parallel_for(blocks, 1024, [&](int64_t begin, int64_t end) { HE_DISPATCH(run_blocks, work, begin, end); });
+  const int64_t blocks = (work.count + 63) / 64;
+  parallel_for(blocks, 512, [&](int64_t begin, int64_t end) { HE_DISPATCH(run_blocks, work, begin, end); });
 }
 
 }  // namespace hybridengine

@@ -12,7 +12,7 @@ struct Dropout {
   void* output;       // [count], may be the input
   int64_t count;
   uint64_t seed;
-  uint32_t threshold;  // an element is kept where its random word is at least this
+  uint32_t threshold;  // an element is kept where its 16-bit random number is at least this
   double scale;        // of what is kept
 };
 

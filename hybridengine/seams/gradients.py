@@ -163,15 +163,29 @@ class Gradients:
             raise NonFiniteError(self._accuse(norm, losses))
         if finite:
             clip = run.clip
-            factor = (min(1.0, clip / max(norm, 1e-12)) if clip else 1.0) / scale
-            if factor != 1.0:
-                torch._foreach_mul_(grads, factor)
-            run.optimizer.step()
+            self._update(grads, (min(1.0, clip / max(norm, 1e-12)) if clip else 1.0) / scale)
         run.loss_scale.update(finite)
         if run.scheduler is not None:
             with contextlib.nullcontext() if finite else _tick_without_update():
                 run.scheduler.step()
         return norm
+
+    def _update(self, grads: list[Tensor], factor: float) -> None:
+        """Step the optimizer on the gradients times `factor`."""
+        optimizer = self.run.optimizer
+        if factor == 1.0:
+            optimizer.step()
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer divides by `grad_scale` as it reads a gradient, by the protocol of torch's GradScaler:
+            # one pass over all gradients less.
+            optimizer.grad_scale = torch.tensor(1 / factor, device=self.run.device)
+            try:
+                optimizer.step()
+            finally:
+                optimizer.grad_scale = None
+        else:
+            torch._foreach_mul_(grads, factor)
+            optimizer.step()
 
     def _accuse(self, norm: float, losses: Sequence[float]) -> str:
         pairs = zip(self.witness, losses, strict=True)

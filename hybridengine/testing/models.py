@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hybridengine.model import quiet
+from hybridengine.seams.randomness import seeded
 
 __all__ = ["WORDS", "tiny_bert", "tiny_checkpoint", "tiny_gpt2", "tiny_llama", "tiny_t5", "tiny_tokenizer"]
 
@@ -190,6 +191,5 @@ def tiny_checkpoint(folder: Path, architecture: str = "bert", auto_class: str | 
 def _build(auto_class: str, config: Any, seed: int) -> Any:
     import transformers
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(torch.default_generator, seed):
         return getattr(transformers, auto_class).from_config(config).eval()

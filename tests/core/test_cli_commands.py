@@ -322,7 +322,7 @@ def test_the_demo_data_is_named_archive_then_environment_then_cache_then_bundled
 
 def test_the_demo_config_is_valid() -> None:
     config, _ = load_config(demo_config(bundled_model(), data_section(None, {})[0], Path("runs/demo")))
-    assert [name for name, _ in config.method_entries] == ["full", "fgm"]
+    assert [name for name, _ in config.method_entries] == ["full", "llrd", "fgm"]
     assert (bundled_model() / "model.safetensors").is_file()
 
 

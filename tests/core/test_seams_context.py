@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hybridengine import kernels
 from hybridengine.errors import SeamError
+from hybridengine.kernels import native
 from hybridengine.plugin import Run, Traits, hook
 from hybridengine.seams import Batch, Context, Out, View, Work
 from hybridengine.seams.precision import Precision
@@ -288,3 +292,56 @@ def test_a_stranger_cannot_report() -> None:
     bench = bench_of(Reporting())
     with pytest.raises(ValueError, match=r"not a member of this stack; call ctx\.report\(self"):
         bench.ctx.report(Reporting(), size=1.0)
+
+
+# ---- dropout on CPUs -------------------------------------------------------------------------------------------------
+
+
+def drawn() -> int:
+    return kernels.used().get("dropout", {}).get("cpu", 0)
+
+
+@pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "")
+def test_large_batches_draw_dropout_by_the_kernel_and_keys_still_pin_it() -> None:
+    batch = make_batch(32, 24)  # 24,576 elements in each hidden state
+    bench = set_up([], tiny_bert(num_labels=3, hidden_dropout_prob=0.1), batch)
+    bench.run.model.train()
+    before, state = drawn(), torch.get_rng_state()
+    first, again, other = (bench.ctx.outputs(batch, [View(key=key)])[0].scores for key in (1, 1, 2))
+    assert drawn() > before
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    bench.run.model.eval()
+    before = drawn()
+    bench.ctx.outputs(batch, [View(key=1)])
+    assert drawn() == before
+
+
+@pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "")
+def test_a_checkpointed_model_keeps_torchs_dropout_which_its_recomputation_repeats() -> None:
+    """The recomputation runs outside the forward: with the kernel it would draw other masks, and gradients be wrong."""
+    batch = make_batch(32, 24)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_bert(num_labels=3, hidden_dropout_prob=0.1)
+        bench = set_up([], model, batch)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        before = drawn()
+        with kernels_of_torch() if not checkpointing else contextlib.nullcontext():
+            out = bench.ctx.loss(bench.ctx, batch, View(key=1))
+        assert drawn() == before
+        gradients.append(torch.autograd.grad(out.terms["loss"][0], list(model.parameters()), allow_unused=True))
+    for plain, recomputed in zip(*gradients, strict=True):
+        # The same operations in the same order, run twice.
+        assert (plain is None) == (recomputed is None) and (plain is None or torch.equal(plain, recomputed))
+
+
+@contextlib.contextmanager
+def kernels_of_torch() -> Iterator[None]:
+    kernels.read_environment({"HYBRIDENGINE_IMPL": "dropout=reference"})
+    try:
+        yield
+    finally:
+        kernels.read_environment({})

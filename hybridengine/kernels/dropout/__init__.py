@@ -18,7 +18,7 @@ OPERATION = Operation(
 
 
 def dropout(x: Tensor, p: float = 0.5, *, seed: int | None = None, impl: str | None = None) -> Tensor:
-    """Return `x` with each element zeroed with probability `p` and the rest multiplied by 1 / (1 - p).
+    """Return `x` with each element zeroed with probability `p`, to 2^-17, and the rest scaled to keep the expectation.
 
     Which elements depends on `seed` and their positions alone. Differentiable any number of times. A dropped element
     is zero even if it was NaN. The formula stands in `reference.py`; both implementations drop the same elements.

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.dispatch import record
-from hybridengine.kernels.dropout.reference import threshold
+from hybridengine.kernels.dropout.reference import scale, threshold
 
 __all__ = ["run", "why_missing", "why_not"]
 
@@ -56,7 +56,7 @@ def _operator(x: Tensor, p: float, seed: int) -> Tensor:
     source = x.contiguous()
     out = native.empty(tuple(x.shape), x.dtype)
     element = native.ELEMENT_TYPES[x.dtype]
-    native.module().dropout(element, source.data_ptr(), out.data_ptr(), source.numel(), seed, threshold(p), 1 / (1 - p))
+    native.module().dropout(element, source.data_ptr(), out.data_ptr(), source.numel(), seed, threshold(p), scale(p))
     return out
 
 

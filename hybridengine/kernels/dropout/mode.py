@@ -66,17 +66,21 @@ def _attention(
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
-    factor = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = (query * factor) @ (key.transpose(-2, -1) * factor)
+    scores = query @ key.transpose(-2, -1)  # scaled afterwards: for short texts the smaller tensor by far
     if not _pays(scores):
         return None
+    scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    everywhere = True
     if attn_mask is not None:
+        allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf
+        everywhere = bool(allowed.any(-1).all())
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
         else:
             scores = scores + attn_mask
     # A row that may attend to nothing gets zeros, as torch's own gives, not NaN.
-    return dropout(_safe_softmax(scores), dropout_p) @ value
+    weights = scores.softmax(-1) if everywhere else _safe_softmax(scores)
+    return dropout(weights, dropout_p) @ value
 
 
 def _safe_softmax(scores: Tensor) -> Tensor:
