@@ -14,6 +14,8 @@
 #include "common/parallel.h"
 #include "cross_entropy/cross_entropy.h"
 #include "dropout/dropout.h"
+#include "embedding/embedding.h"
+#include "norm/norm.h"
 #include "perturb/perturb.h"
 
 namespace py = pybind11;
@@ -48,6 +50,21 @@ void call_dropout(int element, Address input, Address output, int64_t count, uin
            scale});
 }
 
+void call_embedding_gradient(int element, Address gradient, Address ids, Address output, int64_t count, int64_t rows,
+                             int64_t width, int64_t padding) {
+  embedding_gradient({static_cast<ElementType>(element), pointer<const void>(gradient), pointer<const int64_t>(ids),
+                      pointer<void>(output), count, rows, width, padding});
+}
+
+// element, values, count
+double call_total_norm(const std::vector<std::tuple<int, Address, int64_t>>& tensors) {
+  std::vector<NormPart> parts;
+  for (const auto& [element, values, count] : tensors) {
+    parts.push_back({static_cast<ElementType>(element), pointer<const void>(values), count});
+  }
+  return total_norm(parts);
+}
+
 // delta, gradient, mask, output, length, width
 using Site = std::tuple<Address, Address, Address, Address, int64_t, int64_t>;
 
@@ -78,6 +95,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("cross_entropy", &call_cross_entropy, without_gil);
   module.def("scale_rows", &call_scale_rows, without_gil);
   module.def("dropout", &call_dropout, without_gil);
+  module.def("embedding_gradient", &call_embedding_gradient, without_gil);
+  module.def("total_norm", &call_total_norm, without_gil);
   module.def("perturb_step", &call_perturb_step, without_gil);
 
   module.def("isa", &isa_name);

@@ -4,7 +4,7 @@
 
     loss = kernels.cross_entropy(logits, target)                      # forward and gradient in one pass
     delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
-    with kernels.fast_dropout():                                      # a model's dropout on CPUs, drawn in parallel
+    with kernels.fast_forward():                                      # a model's own dropout and embeddings, on CPUs
         output = model(**inputs)
     kernels.explain()                                                 # which implementation runs, and why not another
 
@@ -16,9 +16,11 @@ One folder an operation: `reference.py` is the specification, its neighbours are
 from hybridengine.kernels.cross_entropy import CrossEntropyLoss, cross_entropy
 from hybridengine.kernels.dispatch import Row, explain, read_environment, reset_used, used
 from hybridengine.kernels.dropout import dropout
-from hybridengine.kernels.dropout.mode import fast_dropout
+from hybridengine.kernels.embedding import embedding
+from hybridengine.kernels.forward import fast_forward
 from hybridengine.kernels.memory import pool_report, release_pool, tune_allocator
 from hybridengine.kernels.native import set_isa
+from hybridengine.kernels.norm import total_norm
 from hybridengine.kernels.perturb import perturb_step
 
 __all__ = [
@@ -26,14 +28,16 @@ __all__ = [
     "Row",
     "cross_entropy",
     "dropout",
+    "embedding",
     "explain",
-    "fast_dropout",
+    "fast_forward",
     "perturb_step",
     "pool_report",
     "read_environment",
     "release_pool",
     "reset_used",
     "set_isa",
+    "total_norm",
     "tune_allocator",
     "used",
 ]

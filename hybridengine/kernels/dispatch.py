@@ -76,7 +76,7 @@ class Operation:
             KernelUnavailable: if the one asked for cannot; the message lists every reason.
         """
         if impl is not None or _overrides:  # nothing more is asked of a call without wishes: small losses feel it
-            requested = impl or self.wanted()
+            requested = impl or _overrides.get(self.name)
             if requested is not None:
                 return self._named(requested, "impl" if impl else ENVIRONMENT, args)
         for candidate in self.implementations.values():
@@ -85,9 +85,9 @@ class Operation:
             return candidate
         raise KernelUnavailable(f"no implementation of {self.name} can run: {self.reasons(*args)}")
 
-    def wanted(self) -> str | None:
-        """The implementation that `HYBRIDENGINE_IMPL` asks for."""
-        return _overrides.get(self.name)
+    def is_native(self, *args: Any) -> bool:
+        """Whether `args` would run by another implementation than the reference."""
+        return _overrides.get(self.name) != "reference" and self.choose(None, *args).name != "reference"
 
     def _named(self, name: str, origin: str, args: tuple[Any, ...]) -> Implementation:
         chosen = self.implementations.get(name)

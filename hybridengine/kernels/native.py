@@ -54,6 +54,12 @@ class NativeModule(Protocol):
         self, element: int, input: int, output: int, count: int, seed: int, threshold: int, scale: float, /
     ) -> None: ...
 
+    def embedding_gradient(
+        self, element: int, gradient: int, ids: int, output: int, count: int, rows: int, width: int, padding: int, /
+    ) -> None: ...
+
+    def total_norm(self, tensors: list[tuple[int, int, int]], /) -> float: ...
+
     def perturb_step(
         self,
         element: int,

@@ -23,7 +23,7 @@ from hybridengine.seams.types import Batch, Out, Prediction, Term, View, Work
 __all__ = ["Context"]
 
 _NOTHING = contextlib.nullcontext()
-_FEW_TOKENS = 64  # below, no activation is large enough for the dropout kernel, and watching the forward costs time
+_FEW_TOKENS = 64  # below, no kernel of `fast_forward` pays, and watching the forward costs time
 
 
 class Context(Gradients):
@@ -123,7 +123,7 @@ class Context(Gradients):
         try:
             with (
                 dropout_key(device, view.key),
-                kernels.fast_dropout() if self._may_draw_fast(target, batch) else _NOTHING,
+                kernels.fast_forward() if self._is_fast(target, batch) else _NOTHING,
                 self.sites.armed(view.delta) if view.delta else _NOTHING,
                 self.run.precision.autocast(device),
             ):
@@ -142,8 +142,8 @@ class Context(Gradients):
             hidden = states[-1]
         return Out({}, outputs.logits, hidden, view)
 
-    def _may_draw_fast(self, target: nn.Module, batch: Batch) -> bool:
-        """Whether dropout runs on a CPU, eagerly, and once: checkpointing would draw other masks when it recomputes."""
+    def _is_fast(self, target: nn.Module, batch: Batch) -> bool:
+        """Whether the forward runs on a CPU, eagerly and once: checkpointing would recompute it with other masks."""
         if self.run.device.type != "cpu" or not target.training or self.run.forward_model is not self.run.model:
             return False
         few = next(iter(batch.inputs.values())).numel() < _FEW_TOKENS

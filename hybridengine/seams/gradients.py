@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hybridengine import kernels
 from hybridengine.errors import NonFiniteError
 from hybridengine.seams.host import Host
 from hybridengine.seams.trace import Trace
@@ -151,7 +152,7 @@ class Gradients:
         self.trace.add("S")
         run, scale = self.run, self.run.loss_scale.value
         grads = [p.grad for p in run.optimised().values() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=run.device)
+        total = kernels.total_norm(grads).to(run.device)
         # All that the host asks of the device, in one transfer.
         asked = [total, *(loss.reshape(()) for _, loss in self.witness), *self._overflows]
         numbers: list[float] = torch.stack([value.double() for value in asked]).tolist()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hybridengine import kernels
-from hybridengine.kernels.dropout import mode
+from hybridengine.kernels import forward
 from hybridengine.kernels.dropout.reference import threefry
 
 LARGE = (64, 512)  # elements enough for the kernel to pay
@@ -113,7 +113,7 @@ def test_inside_the_context_a_module_uses_the_kernel_and_outside_torch() -> None
     layer, x = nn.Dropout(0.1), torch.ones(LARGE)
     start = counted()
     torch.manual_seed(1)
-    with kernels.fast_dropout():
+    with kernels.fast_forward():
         inside = layer(x)
         layer.eval()
         assert layer(x) is x or torch.equal(layer(x), x)
@@ -139,8 +139,8 @@ def test_attention_differs_from_torchs_by_the_mask_alone(
     allowed[0, :, 3] = False
     mask = {"none": None, "bool": allowed, "float": torch.where(allowed, 0.0, -1e4).to(exact)}[kind]
     expected = functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
-    monkeypatch.setattr(mode, "dropout", lambda x, p: x)
-    with kernels.fast_dropout():
+    monkeypatch.setattr(forward, "dropout", lambda x, p: x)
+    with kernels.fast_forward():
         got = functional.scaled_dot_product_attention(query, key, value, mask, dropout_p=0.1, scale=scale)
     # Sums of 8 and 40 products in another order, next to -1e4 in one row: some ten eps of 1e4 in float64.
     assert torch.allclose(got, expected, rtol=0, atol=1e-10)
@@ -153,7 +153,7 @@ def test_attention_drops_whole_weights_and_keeps_the_expectation() -> None:
     query = torch.zeros(8, 4, 64, 8)  # uniform attention over 64 keys
     value = torch.ones(8, 4, 64, 8)
     start = counted()
-    with kernels.fast_dropout():
+    with kernels.fast_forward():
         out = functional.scaled_dot_product_attention(query, query, value, dropout_p=0.25)
     assert counted() == start + 1
     # Each entry is a mean of 64 weights of 0 or 4/3, a whole number of 1/48; their variance is 1/3 each.
@@ -165,7 +165,7 @@ def test_attention_drops_whole_weights_and_keeps_the_expectation() -> None:
 def test_what_the_kernel_cannot_do_is_left_to_torch() -> None:
     x = torch.ones(LARGE)
     start = counted()
-    with kernels.fast_dropout():
+    with kernels.fast_forward():
         functional.dropout(x.clone(), 0.1, inplace=True)
         functional.dropout(x.half(), 0.1)
         functional.scaled_dot_product_attention(*[torch.randn(4, 4, 64, 8)] * 3, dropout_p=0.1, is_causal=True)

@@ -1,4 +1,4 @@
-"""A context in which a model's own dropout and attention use this kernel, without a change to the model."""
+"""A context in which a model's own dropout, attention and embeddings use the kernels, without a change to the model."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from hybridengine.kernels.dropout import OPERATION, cpu, dropout
+from hybridengine.kernels import native
+from hybridengine.kernels.dropout import OPERATION as DROPOUT
+from hybridengine.kernels.dropout import dropout
+from hybridengine.kernels.embedding import OPERATION as EMBEDDING
+from hybridengine.kernels.embedding import embedding
 
-__all__ = ["fast_dropout"]
+__all__ = ["fast_forward"]
 
-# Below this an autograd function written in Python costs more than torch's serial generator.
-_SMALLEST = 16384
+# Below these an autograd function written in Python costs more than it saves.
+_SMALLEST_MASK = 16384
+_SMALLEST_TABLE = 1 << 20
 
 
 @contextlib.contextmanager
-def fast_dropout() -> Iterator[None]:
-    """Inside, `dropout` and `scaled_dot_product_attention` of large CPU tensors draw their masks by this kernel.
+def fast_forward() -> Iterator[None]:
+    """Inside, large CPU tensors in `dropout`, `scaled_dot_product_attention` and `embedding` use the native kernels.
 
-    Torch draws CPU masks serially (7 ns an element on CPUs without MKL's generator); this one in parallel. The seed of
-    each mask comes from torch's global generator, so `torch.manual_seed` still decides every mask. Only for code that
-    runs inside to its end: gradient checkpointing, which runs a forward again during backward, must be outside.
+    Torch draws CPU masks serially (7 ns an element on CPUs without MKL's generator) and zeroes a whole table for the
+    gradient of a few rows; the kernels do both in parallel. The seed of each mask comes from torch's global generator,
+    so `torch.manual_seed` still decides every mask. Only for code that runs inside to its end: gradient checkpointing,
+    which runs a forward again during backward, must be outside. `HYBRIDENGINE_IMPL` may switch each kernel off.
     """
-    if cpu.why_missing() is not None or OPERATION.wanted() == "reference":
+    if native.why_missing() is not None:
         yield
         return
-    with _FastDropout():
+    with _FastForward():
         yield
 
 
-class _FastDropout(TorchFunctionMode):
+class _FastForward(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -90,10 +96,27 @@ def _safe_softmax(scores: Tensor) -> Tensor:
 
 
 def _pays(x: Tensor) -> bool:
-    return x.numel() >= _SMALLEST and cpu.why_not(x, 0.0, None) is None
+    return x.numel() >= _SMALLEST_MASK and DROPOUT.is_native(x, 0.0, None)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    if max_norm is not None or scale_grad_by_freq or sparse or not weight.requires_grad:
+        return None
+    if weight.numel() < _SMALLEST_TABLE or not EMBEDDING.is_native(weight, input, -1):
+        return None
+    return embedding(weight, input, padding_idx=padding_idx)
 
 
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     functional.dropout: _dropout,
+    functional.embedding: _embedding,
     functional.scaled_dot_product_attention: _attention,
 }
