@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What a machine with a GPU adds to the checks: the tests marked `gpu`, and the benchmarks beside them.
+# What a machine with a GPU adds to the checks: the tests marked `gpu`.
 #
 #   OUT=somewhere benchmarks/gpu_check.sh
 #
-# The benchmarks time the host: the kernels are for CPUs, and a GPU runs their plain torch forms.
+# There is nothing of ours to time there yet: the kernels are for CPUs, and a GPU runs their plain torch forms.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${OUT:-benchmarks/results}")
@@ -19,6 +19,4 @@ fi
 
 failed=0
 "$python" -m pytest -m gpu -rs --junitxml "$out/gpu-tests.xml" tests/gpu 2>&1 | tee "$out/gpu-tests.txt" || failed=1
-"$python" benchmarks/bench_kernels.py --quick --output "$out/kernels-gpu-host.json" || failed=1
-"$python" benchmarks/bench_methods.py --rounds 5 --out "$out/methods-gpu-host.json" || failed=1
 exit "$failed"

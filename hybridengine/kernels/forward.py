@@ -52,7 +52,7 @@ class _FastForward(TorchFunctionMode):
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
-    if not training or inplace or not 0 < p < 1 or not _pays(x):
+    if not training or inplace or not 0 < p < 1 or x.numel() < _SMALLEST_MASK or not DROPOUT.is_native(x, p, None):
         return None
     return dropout(x, p)
 
@@ -72,9 +72,9 @@ def _attention(
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
-    scores = query @ key.transpose(-2, -1)  # scaled afterwards: for short texts the smaller tensor by far
-    if not _pays(scores):
+    if query.shape[:-1].numel() * key.shape[-2] < _SMALLEST_MASK or not DROPOUT.is_native(query, dropout_p, None):
         return None
+    scores = query @ key.transpose(-2, -1)  # scaled afterwards: for short texts the smaller tensor by far
     scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     everywhere = True
     if attn_mask is not None:
@@ -93,10 +93,6 @@ def _safe_softmax(scores: Tensor) -> Tensor:
     softmax: Any = torch.ops.aten._safe_softmax
     result: Tensor = softmax(scores, -1)
     return result
-
-
-def _pays(x: Tensor) -> bool:
-    return x.numel() >= _SMALLEST_MASK and DROPOUT.is_native(x, 0.0, None)
 
 
 def _embedding(

@@ -18,6 +18,7 @@ from torch import nn
 
 from hybridengine.config import ModelConfig
 from hybridengine.errors import ConfigError, ModelError
+from hybridengine.seams.randomness import seeded
 
 __all__ = [
     "capabilities_of",
@@ -208,7 +209,7 @@ def load_model(
     arguments: dict[str, Any] = dict(options or {})
     if model.attention is not None:
         arguments["attn_implementation"] = model.attention
-    with _explained(model.name, local, f"model ({auto_class})"), _seeded(seed):
+    with _explained(model.name, local, f"model ({auto_class})"), seeded(torch.default_generator, seed):
         loaded, info = cls.from_pretrained(
             model.name,
             revision=model.revision,
@@ -241,15 +242,6 @@ def _check_weights(folder: Path) -> None:
             " model.save_pretrained(folder) on a machine you trust"
         )
     raise ModelError(f"{folder}: there are no weights (*.safetensors) in this folder")
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """New heads are drawn from `seed`; the caller's global streams are untouched."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def capabilities_of(model_config: Any, model: nn.Module | None = None) -> set[str]:

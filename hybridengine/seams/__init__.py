@@ -2,7 +2,7 @@
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import kl_rows, sequence_norms
-from hybridengine.seams.randomness import KeyedRows, mix, permutation
+from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
 from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
 from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, add_terms, weighted_sum
@@ -28,6 +28,7 @@ __all__ = [
     "kl_rows",
     "mix",
     "permutation",
+    "seeded",
     "sequence_norms",
     "weighted_sum",
 ]

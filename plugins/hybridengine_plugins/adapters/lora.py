@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +12,7 @@ from torch import nn
 from hybridengine.errors import ModelError
 from hybridengine.model import quiet
 from hybridengine.plugin import Band, Run, Traits, hook, parameter
-from hybridengine.seams import mix
+from hybridengine.seams import mix, seeded
 
 __all__ = ["LoRA"]
 
@@ -83,7 +81,7 @@ class LoRA:
             task_type=next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
             fan_in_fan_out=_transposed(model, targets),
         )
-        with quiet(), _seeded(mix(run.seed, "lora")):
+        with quiet(), seeded(torch.default_generator, mix(run.seed, "lora")):  # PEFT draws A from it
             adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
         whole = f"; {', '.join(heads)} trained in full" if heads else ""
         run.say(f"lora: rank {self.r} on {_count(adapted)} layers{whole}")
@@ -148,17 +146,3 @@ def _transposed(model: nn.Module, targets: list[str]) -> bool:
 
 def _count(model: nn.Module) -> int:
     return sum(name.endswith("lora_A") for name, _ in model.named_modules())
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The host's random stream, from which PEFT draws A, starts from `seed` inside and is as before afterwards.
-
-    `torch.manual_seed` would reseed every GPU as well.
-    """
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before)
