@@ -16,6 +16,7 @@ from hybridengine.evaluate.metrics import check_metric, greater_is_better
 from hybridengine.model.loading import capabilities_of, choose_device, load_model, load_model_config
 from hybridengine.plugin.calling import Hooks
 from hybridengine.run import ParamGroup, Run
+from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import choose_precision
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.task import Feature
@@ -129,8 +130,12 @@ def _second_model(run: Run, name: str) -> nn.Module:
     return configured.to(run.device)
 
 
-def adapt_model(run: Run, hooks: Hooks) -> None:
-    """Apply adapters, find the embedding sites, compile, add run modules, fix the parameter sets."""
+def adapt_model(run: Run, hooks: Hooks, features: bool = True) -> None:
+    """Apply adapters, find the embedding sites, compile, add run modules, fix the parameter sets.
+
+    Args:
+        features: a method of the stack reads hidden states, so that every layer must be computed in full.
+    """
     run.model = hooks.transform("transform_model", run, run.model, expect=nn.Module).to(run.device)
     probe = _probe_batch(run)
     try:
@@ -148,7 +153,10 @@ def adapt_model(run: Run, hooks: Hooks) -> None:
     hooks.notify("on_run_start", run)
     run.freeze_parameter_sets()
     _check_capabilities(run, hooks)
-    run.forward_model = torch.compile(run.model) if run.config.train.compile else run.model
+    train = run.config.train
+    if not (features or train.compile or train.checkpointing):
+        run.first_position = FirstPosition.find(run.model, probe)
+    run.forward_model = torch.compile(run.model) if train.compile else run.model
 
 
 def _probe_batch(run: Run) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import nn
 from hybridengine.config import Config
 from hybridengine.data.rows import Split, row_places
 from hybridengine.errors import ModelError
+from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.randomness import KeyedRows
 from hybridengine.seams.sites import Sites
@@ -70,6 +71,7 @@ class Run:
         self.splits: dict[str, Split] = {}
         self.labels: list[str] = []
         self.sites: Sites | None = None
+        self.first_position: FirstPosition | None = None
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.step = 0

@@ -117,6 +117,7 @@ class Context(Gradients):
                 " base weights; set `train.checkpointing: false`"
             )
         self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
+        self.trace.features |= features
         inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
         device = self.run.device
         before, self._live = self._live, view.params
@@ -124,6 +125,7 @@ class Context(Gradients):
             with (
                 dropout_key(device, view.key),
                 kernels.fast_forward() if self._is_fast(target, batch) else _NOTHING,
+                self._shortcut(target, features),
                 self.sites.armed(view.delta) if view.delta else _NOTHING,
                 self.run.precision.autocast(device),
             ):
@@ -141,6 +143,11 @@ class Context(Gradients):
             states = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
             hidden = states[-1]
         return Out({}, outputs.logits, hidden, view)
+
+    def _shortcut(self, target: nn.Module, features: bool) -> contextlib.AbstractContextManager[None]:
+        """Training passes compute the last layer where it is read; evaluation stays as `best/` will be, to the bit."""
+        short = self.run.first_position
+        return short.armed() if short and not features and target is self.run.model and target.training else _NOTHING
 
     def _is_fast(self, target: nn.Module, batch: Batch) -> bool:
         """Whether the forward runs on a CPU, eagerly and once: checkpointing would recompute it with other masks."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.sites import Sites
 
@@ -25,6 +26,7 @@ class Host(Protocol):
     seed: int
     step: int
     sites: Sites | None
+    first_position: FirstPosition | None
     task: Any
     optimizer: Any
     scheduler: Any

@@ -30,10 +30,14 @@ class Event:
 
 @dataclass
 class Trace:
-    """The passes since the last `clear`; recording can be switched off for long runs."""
+    """The passes since the last `clear`; recording can be switched off for long runs.
+
+    `features` tells whether any pass ever asked for hidden states.
+    """
 
     events: list[Event] = field(default_factory=list)
     recording: bool = True
+    features: bool = False
 
     def add(self, kind: str, rows: int = 0, depth: int = 0) -> None:
         if self.recording:

@@ -48,6 +48,7 @@ class Plan:
     stack_views: bool
     total_steps: int
     members: list[dict[str, Any]]
+    features: bool = False  # whether a method reads hidden states
     memory: dict[str, Any] = field(default_factory=dict)
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
@@ -82,7 +83,8 @@ def make_plan(config: Config, methods: Sequence[Method], total_steps: int, has_u
         ctx.trace.clear()
         ctx.step(ctx, make_works(run.seed, start, batches))
         phases.append(_phase(start, copies, ctx.trace.events, rows))
-    return Plan(_layers(hooks), phases, rows, stacked, total_steps, [_member(m) for m in hooks.methods])
+    members = [_member(m) for m in hooks.methods]
+    return Plan(_layers(hooks), phases, rows, stacked, total_steps, members, ctx.trace.features)
 
 
 def training_sampler(run: Run, hooks: Hooks, lengths: Sequence[int]) -> Sampler:

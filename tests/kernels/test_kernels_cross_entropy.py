@@ -86,8 +86,8 @@ def test_not_further_from_float64_than_twice_torch(case: Case, isa: str) -> None
     assert torch.equal(case.logits, untouched)
     # Where torch happens to be exact, rounding is still allowed: half a unit in the last place of the result, and, as
     # both are differences of terms of this size, a few units of those terms. For float64 the "exact" side is no more
-    # exact than the others: a smoothed loss sums V terms, and V eps is the bound of such a sum in any order. Its gradient
-    # is p = exp(x - lse) <= 1, whose relative error is the absolute one of x - lse: the terms' rounding and the sum's.
+    # exact than the others: a smoothed loss sums V terms, and V eps is the bound of such a sum in any order. The
+    # gradient is p = exp(x - lse) <= 1, whose relative error is the absolute one of x - lse: the terms' and the sum's.
     eps = torch.finfo(native.accumulator_dtype(case.logits.dtype)).eps
     classes, terms = case.logits.shape[1], float(case.logits.double().abs().max()) + 10
     gradient_terms = 4.0
