@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.randomness import mix
-from hybridengine.seams.types import Batch, View, Work, add_terms, weighted_sum
+from hybridengine.seams.types import Batch, View, Work, add_terms, weight_of, weighted, weighted_sum
 
 __all__ = ["base_backward", "base_gradient", "base_step", "make_works"]
 
@@ -23,7 +23,8 @@ def make_works(seed: int, step: int, batches: Sequence[Batch]) -> list[Work]:
     """
     totals: Counter[tuple[str, str]] = Counter()
     for batch in batches:
-        totals.update({(batch.task, unit): n for unit, n in batch.counts.items()})
+        for unit, n in batch.counts.items():
+            totals[batch.task, unit] += n
     works = []
     for index, batch in enumerate(batches):
         weights = {unit: 1 / max(totals[batch.task, unit], 1) for unit in batch.counts}
@@ -34,21 +35,24 @@ def make_works(seed: int, step: int, batches: Sequence[Batch]) -> list[Work]:
 def base_backward(ctx: Context, work: Work) -> dict[str, Tensor]:
     """Evaluate the loss and add its weighted gradient to `.grad`; returns the weighted terms."""
     out = ctx.loss(ctx, work.batch, work.view)
-    loss = weighted_sum(out.terms, work.weights)
-    seen = loss.detach()
-    ctx.witness.append((work.batch.rows, seen))
-    ctx.accumulate(loss)
     if len(out.terms) == 1:
-        return dict.fromkeys(out.terms, seen)
-    return {name: (work.weights[unit] * value).detach() for name, (value, unit) in out.terms.items()}
+        ((value, unit),) = out.terms.values()
+        loss, weight = value, weight_of(unit, work.weights, *out.terms)
+    else:
+        loss, weight = weighted_sum(out.terms, work.weights), 1.0
+    ctx.witness.append((work.batch.rows, loss.detach()))
+    ctx.accumulate(loss, weight)
+    return {name: weighted(value.detach(), work.weights[unit]) for name, (value, unit) in out.terms.items()}
 
 
 def base_gradient(ctx: Context, works: Sequence[Work]) -> dict[str, Tensor]:
     """Accumulate over the step's micro-batches; only the last backward synchronises."""
     total: dict[str, Tensor] = {}
-    for index, work in enumerate(works):
-        with ctx.no_sync(index < len(works) - 1):
+    with ctx.no_sync():
+        for work in works[:-1]:
             total = add_terms(total, ctx.backward(ctx, work))
+    for work in works[-1:]:
+        total = add_terms(total, ctx.backward(ctx, work))
     return total
 
 

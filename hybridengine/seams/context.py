@@ -151,10 +151,10 @@ class Context(Gradients):
 
     def _is_fast(self, target: nn.Module, batch: Batch) -> bool:
         """Whether the forward runs on a CPU, eagerly and once: checkpointing would recompute it with other masks."""
-        if self.run.device.type != "cpu" or not target.training or self.run.forward_model is not self.run.model:
+        if next(iter(batch.inputs.values())).numel() < _FEW_TOKENS or not target.training:
             return False
-        few = next(iter(batch.inputs.values())).numel() < _FEW_TOKENS
-        return not few and not _is_checkpointed(target)
+        eager = self.run.forward_model is self.run.model and self.run.device.type == "cpu"
+        return eager and not _is_checkpointed(target)
 
     # ---- embedding sites --------------------------------------------------------------------------------------
 

@@ -54,10 +54,12 @@ class Gradients:
         wide = gradient if gradient.dtype == torch.float64 else gradient.float()
         return wide if self.run.loss_scale.value == 1.0 else wide / self.run.loss_scale.value
 
-    def accumulate(self, loss: Tensor) -> None:
-        """Add the (scaled) gradient of `loss` to `.grad` of every leaf it reaches."""
+    def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:
+        """Add the (scaled) gradient of `weight * loss` to `.grad` of every leaf it reaches."""
         self.trace.add("B" if self.synchronise else "b")
-        (loss * self.run.loss_scale.value if self.run.loss_scale.value != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
+        factor = weight * self.run.loss_scale.value
+        # The factor enters as the gradient of the loss: a multiplication would be a node of the graph, to and fro.
+        loss.backward(None if factor == 1.0 else torch.full_like(loss, factor))  # type: ignore[no-untyped-call]
 
     def zero(self) -> None:
         """Drop all gradients of the optimised parameters and start the step's record."""
@@ -155,7 +157,7 @@ class Gradients:
         total = kernels.total_norm(grads).to(run.device)
         # All that the host asks of the device, in one transfer.
         asked = [total, *(loss.reshape(()) for _, loss in self.witness), *self._overflows]
-        numbers: list[float] = torch.stack([value.double() for value in asked]).tolist()
+        numbers: list[float] = torch.stack(asked).tolist()
         norm, *others = numbers
         losses, overflowed = others[: len(self.witness)], any(others[len(self.witness) :])
         sound = all(map(math.isfinite, losses))
