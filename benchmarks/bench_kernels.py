@@ -31,6 +31,8 @@ CROSS_ENTROPY = [(4096, 2), (8192, 77), (1024, 30522), (512, 50257)]
 PERTURB = (32, 128, 384)
 # hidden states, and the attention weights of 12 heads
 DROPOUT = [(32, 24, 384), (32, 128, 384), (32, 12, 24, 24), (32, 12, 128, 128)]
+# tokens by the inner width of a small BERT and of a base one; float32 only, as the kernel
+GELU = [(512, 1536), (800, 3072)]
 
 Variants = dict[str, Callable[[], object]]
 
@@ -116,21 +118,20 @@ def perturb_variants(epsilon: float | None, dtype: torch.dtype) -> Variants:
     }
 
 
-def dropout_variants(shape: tuple[int, ...], dtype: torch.dtype) -> Variants:
-    """Forward and backward of dropout on a tensor of activations or attention weights."""
+def elementwise_variants(
+    shape: tuple[int, ...], dtype: torch.dtype, eager: Callable[[Tensor], Tensor], kernel: Callable[[Tensor], Tensor]
+) -> Variants:
+    """Forward and backward of a function of activations or attention weights."""
     x, gradient = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
 
-    def both_ways(drop: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    def both_ways(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:
             x.grad = None
-            drop(x).backward(gradient)
+            function(x).backward(gradient)
 
         return run
 
-    return {
-        "eager": both_ways(lambda x: F.dropout(x, 0.1)),
-        "automatic": both_ways(lambda x: kernels.dropout(x, 0.1)),
-    }
+    return {"eager": both_ways(eager), "automatic": both_ways(kernel)}
 
 
 def machine() -> dict[str, object]:
@@ -173,7 +174,11 @@ def main() -> None:
             result["rows"].append(row("perturb", case, perturb_variants(epsilon, dtype), options))
         for shape in DROPOUT:
             case = {"shape": list(shape), "dtype": name}
-            result["rows"].append(row("dropout", case, dropout_variants(shape, dtype), options))
+            drop = elementwise_variants(shape, dtype, lambda x: F.dropout(x, 0.1), lambda x: kernels.dropout(x, 0.1))
+            result["rows"].append(row("dropout", case, drop, options))
+        for shape in GELU if dtype == torch.float32 else ():
+            case = {"shape": list(shape), "dtype": name}
+            result["rows"].append(row("gelu", case, elementwise_variants(shape, dtype, F.gelu, kernels.gelu), options))
     result["machine"]["load_average_after"] = [round(one, 2) for one in os.getloadavg()]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@
 #include "cross_entropy/cross_entropy.h"
 #include "dropout/dropout.h"
 #include "embedding/embedding.h"
+#include "gelu/gelu.h"
 #include "norm/norm.h"
 #include "perturb/perturb.h"
 
@@ -54,6 +55,10 @@ void call_embedding_gradient(int element, Address gradient, Address ids, Address
                              int64_t width, int64_t padding) {
   embedding_gradient({static_cast<ElementType>(element), pointer<const void>(gradient), pointer<const int64_t>(ids),
                       pointer<void>(output), count, rows, width, padding});
+}
+
+void call_gelu(Address input, Address gradient, Address output, int64_t count) {
+  gelu({pointer<const float>(input), pointer<const float>(gradient), pointer<float>(output), count});
 }
 
 // element, values, count
@@ -96,6 +101,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("scale_rows", &call_scale_rows, without_gil);
   module.def("dropout", &call_dropout, without_gil);
   module.def("embedding_gradient", &call_embedding_gradient, without_gil);
+  module.def("gelu", &call_gelu, without_gil);
   module.def("total_norm", &call_total_norm, without_gil);
   module.def("perturb_step", &call_perturb_step, without_gil);
 

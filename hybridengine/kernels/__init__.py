@@ -4,7 +4,7 @@
 
     loss = kernels.cross_entropy(logits, target)                      # forward and gradient in one pass
     delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
-    with kernels.fast_forward():                                      # a model's own dropout and embeddings, on CPUs
+    with kernels.fast_forward():                                      # a model's own dropout, GELU, ..., on CPUs
         output = model(**inputs)
     kernels.explain()                                                 # which implementation runs, and why not another
 
@@ -18,6 +18,7 @@ from hybridengine.kernels.dispatch import Row, explain, read_environment, reset_
 from hybridengine.kernels.dropout import dropout
 from hybridengine.kernels.embedding import embedding
 from hybridengine.kernels.forward import fast_forward
+from hybridengine.kernels.gelu import gelu
 from hybridengine.kernels.memory import pool_report, release_pool, tune_allocator
 from hybridengine.kernels.native import set_isa
 from hybridengine.kernels.norm import total_norm
@@ -31,6 +32,7 @@ __all__ = [
     "embedding",
     "explain",
     "fast_forward",
+    "gelu",
     "perturb_step",
     "pool_report",
     "read_environment",

@@ -1,4 +1,4 @@
-"""A context in which a model's own dropout, attention and embeddings use the kernels, without a change to the model."""
+"""A context in which a model's own dropout, attention, embeddings and GELU use the kernels, the model unchanged."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from hybridengine.kernels.dropout import OPERATION as DROPOUT
 from hybridengine.kernels.dropout import dropout
 from hybridengine.kernels.embedding import OPERATION as EMBEDDING
 from hybridengine.kernels.embedding import embedding
+from hybridengine.kernels.gelu import OPERATION as GELU
+from hybridengine.kernels.gelu import gelu
 
 __all__ = ["fast_forward"]
 
@@ -27,12 +29,13 @@ _SMALLEST_TABLE = 1 << 20
 
 @contextlib.contextmanager
 def fast_forward() -> Iterator[None]:
-    """Inside, large CPU tensors in `dropout`, `scaled_dot_product_attention` and `embedding` use the native kernels.
+    """Inside, large CPU tensors in `dropout`, attention, `embedding` and `gelu` use the native kernels.
 
     Torch draws CPU masks serially (7 ns an element on CPUs without MKL's generator) and zeroes a whole table for the
-    gradient of a few rows; the kernels do both in parallel. The seed of each mask comes from torch's global generator,
-    so `torch.manual_seed` still decides every mask. Only for code that runs inside to its end: gradient checkpointing,
-    which runs a forward again during backward, must be outside. `HYBRIDENGINE_IMPL` may switch each kernel off.
+    gradient of a few rows; the kernels do both in parallel. GELU's gradient takes them half of torch's arithmetic. The
+    seed of each mask comes from torch's global generator, so `torch.manual_seed` still decides every mask. Only for
+    code that runs inside to its end: gradient checkpointing, which runs a forward again during backward, must be
+    outside. `HYBRIDENGINE_IMPL` may switch each kernel off.
     """
     if native.why_missing() is not None:
         yield
@@ -111,8 +114,15 @@ def _embedding(
     return embedding(weight, input, padding_idx=padding_idx)
 
 
+def _gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor | None:
+    if approximate != "none" or out is not None or not GELU.is_native(input):
+        return None
+    return gelu(input)
+
+
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     functional.dropout: _dropout,
     functional.embedding: _embedding,
+    functional.gelu: _gelu,
     functional.scaled_dot_product_attention: _attention,
 }

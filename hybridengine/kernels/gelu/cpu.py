@@ -1,0 +1,89 @@
+"""GELU on the CPU by the native library: `csrc/gelu/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from hybridengine.kernels import native, operators
+from hybridengine.kernels.dispatch import record
+
+__all__ = ["run", "why_missing", "why_not", "why_slower"]
+
+# Below, what an autograd function written in Python costs is more than the kernel saves.
+_SMALLEST = 1 << 16
+
+why_missing = native.why_missing
+
+
+def why_not(x: Tensor) -> str | None:
+    """Say why this tensor cannot run here."""
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        return "the tensor is not a dense one on the CPU"
+    if x.dtype != torch.float32:
+        return f"it takes float32, got {x.dtype}"
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return "it has no rule for torch.func transforms"
+        if forward_ad._current_level >= 0:
+            return "it has no rule for forward mode"
+    if not x.is_contiguous():
+        return "the tensor is not contiguous"
+    return None
+
+
+def why_slower(x: Tensor) -> str | None:
+    """Say why torch would be faster for this tensor."""
+    return f"below {_SMALLEST} elements torch is faster" if x.numel() < _SMALLEST else None
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        result: Tensor = torch.ops.hybridengine.gelu(x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        plain = torch.compiler.is_compiling() or not _needs_torch(gradient)
+        operator = torch.ops.hybridengine.gelu_backward if plain else torch.ops.aten.gelu_backward
+        result: Tensor = operator(gradient, x)
+        return result
+
+
+def _needs_torch(gradient: Tensor) -> bool:
+    """Whether the gradient is to be differentiated again, in either mode, or stands for a batch of gradients."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or not torch._C._has_storage(gradient)
+
+
+def run(x: Tensor) -> Tensor:
+    """Return x Phi(x)."""
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    result: Tensor = operators.apply(_Gelu, x) if wanted else torch.ops.hybridengine.gelu(x)
+    return result
+
+
+def _launch(x: Tensor, gradient: Tensor | None) -> Tensor:
+    """Checked tensors in, addresses to the library."""
+    record("gelu", "cpu")
+    source = x.contiguous()
+    incoming = None if gradient is None else gradient.contiguous()
+    out = native.empty(tuple(x.shape), x.dtype)
+    address = 0 if incoming is None else incoming.data_ptr()
+    native.module().gelu(source.data_ptr(), address, out.data_ptr(), source.numel())
+    return out
+
+
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+operators.define("gelu(Tensor x) -> Tensor", _fake)
+operators.define("gelu_backward(Tensor gradient, Tensor x) -> Tensor", lambda gradient, x: _fake(x))
+operators.implement("gelu", "CPU", lambda x: _launch(x, None))
+operators.implement("gelu_backward", "CPU", lambda gradient, x: _launch(x, gradient))
