@@ -130,7 +130,7 @@ def _second_model(run: Run, name: str) -> nn.Module:
     return configured.to(run.device)
 
 
-def adapt_model(run: Run, hooks: Hooks, features: bool = True) -> None:
+def adapt_model(run: Run, hooks: Hooks, features: bool) -> None:
     """Apply adapters, find the embedding sites, compile, add run modules, fix the parameter sets.
 
     Args:
@@ -156,6 +156,8 @@ def adapt_model(run: Run, hooks: Hooks, features: bool = True) -> None:
     train = run.config.train
     if not (features or train.compile or train.checkpointing):
         run.first_position = FirstPosition.find(run.model, probe)
+        if run.first_position is not None:
+            run.say("the model reads its last layer at the first position only; training computes it only there")
     run.forward_model = torch.compile(run.model) if train.compile else run.model
 
 

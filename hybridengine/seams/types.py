@@ -245,7 +245,7 @@ def weighted_sum(terms: Mapping[str, Term], weights: Mapping[str, float]) -> Ten
     """
     total: Tensor | None = None
     for name, (value, unit) in terms.items():
-        part = weight_of(unit, weights, name) * value
+        part = weighted(value, weight_of(unit, weights, name))
         total = part if total is None else total + part
     if total is None:
         raise ValueError("the loss has no terms")

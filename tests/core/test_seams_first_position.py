@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybridengine.seams import View
+from hybridengine.seams import View, first_position
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_llama
 
@@ -81,7 +81,7 @@ def test_less_is_computed() -> None:
     assert rows == [9, 1]
 
 
-def test_dropout_of_the_attention_and_of_the_block_stay_on() -> None:
+def test_dropout_of_the_attention_stays_on() -> None:
     model = classifier("Bert", attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0).train()
     short = FirstPosition.find(model, inputs())
     assert short is not None and model.training
@@ -123,6 +123,23 @@ def test_scores_for_every_token_need_every_position(auto_class: str) -> None:
 def test_decoders_and_unknown_layers_are_left_alone() -> None:
     assert FirstPosition.find(tiny_llama("AutoModelForSequenceClassification", pad_token_id=0), inputs()) is None
     assert FirstPosition.find(classifier("RoFormer", "eager"), inputs()) is None  # BERT's names, another formula
+
+
+def test_a_formula_that_is_not_the_layers_own_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of a known name in another version of transformers."""
+
+    def without_mask(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return first_position._bert(layer, hidden, None)
+
+    def renamed(layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return layer.no_such_part(hidden)
+
+    model = classifier("Bert")
+    for wrong in (without_mask, renamed):
+        monkeypatch.setitem(first_position._SHORT, "BertLayer", wrong)
+        assert FirstPosition.find(model, inputs()) is None
+    monkeypatch.undo()
+    assert FirstPosition.find(model, inputs()) is not None
 
 
 def test_a_watched_model_is_left_alone() -> None:

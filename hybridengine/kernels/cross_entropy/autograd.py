@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.cross_entropy.derivatives import Options, denominator, hessian_times, unit_gradient
+from hybridengine.kernels.modes import forward_mode
 
-__all__ = ["REDUCTIONS", "forward_mode", "run_operator"]
+__all__ = ["REDUCTIONS", "run_operator"]
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # the numbers of `Reduction` in csrc/cross_entropy/cross_entropy.h
 
@@ -205,15 +205,6 @@ def _scale_in_place(unit: Tensor, factor: Tensor) -> None:
         factor.data_ptr(),
         factor.stride(0) if factor.dim() else 0,
     )
-
-
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation is on.
-
-    A Function's `jvp` is silently wrong when forward mode is nested in forward mode (torch 2.13), so none is defined:
-    in forward mode everything is plain torch.
-    """
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def run_operator(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:

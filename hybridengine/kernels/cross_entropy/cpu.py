@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native, operators
-from hybridengine.kernels.cross_entropy.autograd import REDUCTIONS, forward_mode, run_operator
+from hybridengine.kernels.cross_entropy.autograd import REDUCTIONS, run_operator
 from hybridengine.kernels.cross_entropy.derivatives import Options
 from hybridengine.kernels.dispatch import record
+from hybridengine.kernels.modes import forward_mode
 
 __all__ = ["run", "why_missing", "why_not", "why_slower"]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.dropout.reference import scale, threshold
+from hybridengine.kernels.modes import why_not_transformed
 
 __all__ = ["run", "why_missing", "why_not"]
 
@@ -23,11 +23,7 @@ def why_not(x: Tensor, p: float, seed: int | None) -> str | None:
         return "the tensor is not on the CPU"
     if x.dtype not in native.ELEMENT_TYPES:
         return f"it takes float32, bfloat16 and float64, got {x.dtype}"
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return "it has no rule for torch.func transforms"
-    if forward_ad._current_level >= 0:
-        return "it has no rule for forward mode"
-    return None
+    return why_not_transformed(x)
 
 
 class _Dropout(torch.autograd.Function):

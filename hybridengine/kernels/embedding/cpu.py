@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.dispatch import record
+from hybridengine.kernels.modes import differentiated_again, why_not_transformed
 
 __all__ = ["run", "why_missing", "why_not"]
 
@@ -24,11 +24,7 @@ def why_not(weight: Tensor, ids: Tensor, padding: int) -> str | None:
         return f"it takes float32 and float64, got {weight.dtype}"
     if ids.dtype != torch.int64:
         return f"ids are int64, got {ids.dtype}"
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (weight, ids))):
-        return "it has no rule for torch.func transforms"
-    if forward_ad._current_level >= 0:
-        return "it has no rule for forward mode"
-    return None
+    return why_not_transformed(weight, ids)
 
 
 class _Embedding(torch.autograd.Function):
@@ -42,7 +38,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or not torch._C._has_storage(gradient):  # to be differentiated again, or batched
+        if differentiated_again(gradient):
             return torch.ops.aten.embedding_dense_backward(gradient, ids, ctx.rows, ctx.padding, False), None, None
         return _gradient(gradient, ids, ctx.rows, ctx.padding), None, None
 

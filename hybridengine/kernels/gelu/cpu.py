@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.dispatch import record
+from hybridengine.kernels.modes import differentiated_again, why_not_transformed
 
 __all__ = ["run", "why_missing", "why_not", "why_slower"]
 
@@ -25,14 +25,9 @@ def why_not(x: Tensor) -> str | None:
         return "the tensor is not a dense one on the CPU"
     if x.dtype != torch.float32:
         return f"it takes float32, got {x.dtype}"
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return "it has no rule for torch.func transforms"
-        if forward_ad._current_level >= 0:
-            return "it has no rule for forward mode"
-    if not x.is_contiguous():
-        return "the tensor is not contiguous"
-    return None
+    if (reason := why_not_transformed(x)) is not None:
+        return reason
+    return None if x.is_contiguous() else "the tensor is not contiguous"
 
 
 def why_slower(x: Tensor) -> str | None:
@@ -50,15 +45,9 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        plain = torch.compiler.is_compiling() or not _needs_torch(gradient)
-        operator = torch.ops.hybridengine.gelu_backward if plain else torch.ops.aten.gelu_backward
-        result: Tensor = operator(gradient, x)
+        library = torch.ops.aten if differentiated_again(gradient) else torch.ops.hybridengine
+        result: Tensor = library.gelu_backward(gradient, x)
         return result
-
-
-def _needs_torch(gradient: Tensor) -> bool:
-    """Whether the gradient is to be differentiated again, in either mode, or stands for a batch of gradients."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or not torch._C._has_storage(gradient)
 
 
 def run(x: Tensor) -> Tensor:
