@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.randomness import mix
-from hybridengine.seams.types import Batch, View, Work, add_terms, weight_of, weighted, weighted_sum
+from hybridengine.seams.types import Batch, View, Work, add_terms, weight_of, weighted_sum
 
 __all__ = ["base_backward", "base_gradient", "base_step", "make_works"]
 
@@ -25,35 +25,36 @@ def make_works(seed: int, step: int, batches: Sequence[Batch]) -> list[Work]:
     for batch in batches:
         for unit, n in batch.counts.items():
             totals[batch.task, unit] += n
+    first_key = mix(seed, step, 0)
     works = []
     for index, batch in enumerate(batches):
         weights = {unit: 1 / max(totals[batch.task, unit], 1) for unit in batch.counts}
-        works.append(Work(batch, weights, View(key=mix(seed, step, index)), index))
+        works.append(Work(batch, weights, View(key=first_key + index), index))
     return works
 
 
 def base_backward(ctx: Context, work: Work) -> dict[str, Tensor]:
     """Evaluate the loss and add its weighted gradient to `.grad`; returns the weighted terms."""
     out = ctx.loss(ctx, work.batch, work.view)
-    if len(out.terms) == 1:
-        ((value, unit),) = out.terms.values()
-        loss, weight = value, weight_of(unit, work.weights, *out.terms)
+    if len(out.terms) == 1:  # its weight is the gradient that backward starts from: no node of the graph
+        ((name, (loss, unit)),) = out.terms.items()
+        weight, value = torch.full_like(loss, weight_of(unit, work.weights, name)), loss.detach()
+        terms = {name: value * weight}
     else:
-        loss, weight = weighted_sum(out.terms, work.weights), 1.0
-    ctx.witness.append((work.batch.rows, loss.detach()))
+        loss, weight = weighted_sum(out.terms, work.weights), None
+        terms = {name: value.detach() * work.weights[unit] for name, (value, unit) in out.terms.items()}
+        value = loss.detach()
+    ctx.witness.append((work.batch.rows, value))
     ctx.accumulate(loss, weight)
-    return {name: weighted(value.detach(), work.weights[unit]) for name, (value, unit) in out.terms.items()}
+    return terms
 
 
 def base_gradient(ctx: Context, works: Sequence[Work]) -> dict[str, Tensor]:
     """Accumulate over the step's micro-batches; only the last backward synchronises."""
-    total: dict[str, Tensor] = {}
     with ctx.no_sync():
-        for work in works[:-1]:
-            total = add_terms(total, ctx.backward(ctx, work))
-    for work in works[-1:]:
-        total = add_terms(total, ctx.backward(ctx, work))
-    return total
+        parts = [ctx.backward(ctx, work) for work in works[:-1]]
+    parts += [ctx.backward(ctx, work) for work in works[-1:]]
+    return add_terms(*parts)
 
 
 def base_step(ctx: Context, works: Sequence[Work]) -> dict[str, Tensor]:

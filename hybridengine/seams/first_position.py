@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hybridengine.seams.overriding import override_forward
+
 __all__ = ["FirstPosition"]
 
 Short = Callable[[Any, Tensor, Tensor | None], Tensor]
@@ -22,22 +24,18 @@ Short = Callable[[Any, Tensor, Tensor | None], Tensor]
 
 
 class FirstPosition:
-    """The last layer of an encoder, computed at position 0 alone while armed.
-
-    The layer's class is replaced by a subclass, as `torch.nn.utils.parametrize` does: an attribute `forward` would make
-    copies of the layer (teachers, averages) run the original.
-    """
+    """The last layer of an encoder, computed at position 0 alone while armed."""
 
     def __init__(self, layer: nn.Module, short: Short) -> None:
-        self._layer, self._class, self._armed = layer, type(layer), False
-        whole = self._class.forward
+        self._layer, self._armed = layer, False
+        whole = type(layer).forward
 
         def forward(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *a: Any, **k: Any) -> Any:
             if self._armed:
                 return short(layer, hidden_states, attention_mask)
             return whole(layer, hidden_states, attention_mask, *a, **k)
 
-        layer.__class__ = type(self._class.__name__, (self._class,), {"forward": forward})
+        self._class = override_forward(layer, forward)
 
     @classmethod
     @torch.no_grad()

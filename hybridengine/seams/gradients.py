@@ -54,12 +54,16 @@ class Gradients:
         wide = gradient if gradient.dtype == torch.float64 else gradient.float()
         return wide if self.run.loss_scale.value == 1.0 else wide / self.run.loss_scale.value
 
-    def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:
-        """Add the (scaled) gradient of `weight * loss` to `.grad` of every leaf it reaches."""
+    def accumulate(self, loss: Tensor, weight: Tensor | None = None) -> None:
+        """Add the (scaled) gradient of `loss`, or of `weight * loss`, to `.grad` of every leaf it reaches.
+
+        Args:
+            weight: a constant of the loss's shape and dtype.
+        """
         self.trace.add("B" if self.synchronise else "b")
-        factor = weight * self.run.loss_scale.value
-        # The factor enters as the gradient of the loss: a multiplication would be a node of the graph, to and fro.
-        loss.backward(None if factor == 1.0 else torch.full_like(loss, factor))  # type: ignore[no-untyped-call]
+        if (scale := self.run.loss_scale.value) != 1.0:
+            weight = torch.full_like(loss, scale) if weight is None else weight * scale
+        loss.backward(weight)  # type: ignore[no-untyped-call]
 
     def zero(self) -> None:
         """Drop all gradients of the optimised parameters and start the step's record."""

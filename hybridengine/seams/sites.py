@@ -2,7 +2,7 @@
 
 A site is a *call*, found by one traced forward with made-up ids: positions, token types and T5's relative bias are
 embeddings too, T5 and BART share one module between encoder and decoder, and `get_input_embeddings` names only one.
-Permanent hooks read a slot, installed before `torch.compile` (hooks added later are silently ignored by it).
+Their modules read a slot from the start: what is added after `torch.compile` it silently ignores.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridengine.errors import SeamError
+from hybridengine.seams.overriding import override_forward
 
 __all__ = ["Site", "Sites"]
 
@@ -35,32 +36,30 @@ class Sites:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         self.table: dict[str, Site] = {}
-        self._soft_prompt: Callable[[], Tensor] | None = None
+        self.soft_prompt: Callable[[], Tensor] | None = None
+        """What gives the prompt vectors `[P, D]` that stand where ids are negative: -1-i is vector i."""
         self._calls_per_module: dict[str, int] = {}
         self._delta: Mapping[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         self._used: list[str] = []
-        self._raw_ids: dict[str, Tensor] = {}
         self._find(model, _made_up(inputs))
-        modules = dict(model.named_modules())
-        self._modules = {name: modules[name] for name in self._calls_per_module}
-        for name, module in self._modules.items():
-            module.register_forward_hook(functools.partial(self._after, name))
+        for name in self._calls_per_module:
+            self._watch(name, model.get_submodule(name))
 
-    @property
-    def soft_prompt(self) -> Callable[[], Tensor] | None:
-        """What gives the prompt vectors `[P, D]` that stand where ids are negative: -1-i is vector i."""
-        return self._soft_prompt
+    def _watch(self, name: str, module: nn.Module) -> None:
+        whole = type(module).forward
 
-    @soft_prompt.setter
-    def soft_prompt(self, vectors: Callable[[], Tensor]) -> None:
-        if self._soft_prompt is None:  # hooked only now: a hook costs every pass some microseconds
-            for name, module in self._modules.items():
-                module.register_forward_pre_hook(functools.partial(self._before, name))
-        self._soft_prompt = vectors
+        def forward(module: nn.Module, ids: Tensor, *args: Any, **options: Any) -> Tensor:
+            if self.soft_prompt is not None:
+                # Placeholder id -1-i stands for prompt vector i; the lookup itself must see a valid row.
+                looked_up = whole(module, ids.clamp_min(0), *args, **options)
+                vectors = self.soft_prompt()[(-1 - ids).clamp_min(0)].to(looked_up.dtype)
+                output = torch.where((ids < 0).unsqueeze(-1), vectors, looked_up)
+            else:
+                output = whole(module, ids, *args, **options)
+            return self._moved(name, output) if self._delta else output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sites:
-        return self  # a copied model (teacher, average) keeps reading the same slot
+        override_forward(module, forward)
 
     def _find(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         seen: list[tuple[str, Tensor, Tensor]] = []
@@ -88,18 +87,8 @@ class Sites:
                 self._calls_per_module[name] = nth + 1
                 self.table[_site_name(name, nth)] = Site(matches[0], int(output.shape[-1]), output.dtype)
 
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # Placeholder id -1-i stands for prompt vector i; the lookup itself must see a valid row.
-        self._raw_ids[name] = args[0]
-        return (args[0].clamp_min(0), *args[1:])
-
-    def _after(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self._soft_prompt is not None:
-            ids = self._raw_ids.pop(name)
-            vectors = self._soft_prompt()[(-1 - ids).clamp_min(0)].to(output.dtype)
-            output = torch.where((ids < 0).unsqueeze(-1), vectors, output)
-        if not self._delta:
-            return output
+    def _moved(self, name: str, output: Tensor) -> Tensor:
+        """The output of this call of module `name`, with its delta added."""
         nth = self._calls.get(name, 0)
         self._calls[name] = nth + 1
         if nth >= self._calls_per_module[name]:

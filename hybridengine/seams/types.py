@@ -175,7 +175,7 @@ class Out:
         """The logits in at least fp32; raises if the evaluation kept none."""
         if self.logits is None:
             raise ValueError("this evaluation carries no logits")
-        return self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+        return self.logits if self.logits.dtype in (torch.float32, torch.float64) else self.logits.float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,11 +214,11 @@ class Draw:
 
 def add_terms(*parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What several passes of one work returned, summed by name."""
-    total: dict[str, Tensor] = {}
+    values: dict[str, list[Tensor]] = {}
     for part in parts:
         for name, value in part.items():
-            total[name] = total[name] + value if name in total else value
-    return total
+            values.setdefault(name, []).append(value)
+    return {name: several[0] if len(several) == 1 else torch.stack(several).sum(0) for name, several in values.items()}
 
 
 def weight_of(unit: str, weights: Mapping[str, float], name: str) -> float:
