@@ -14,6 +14,7 @@ from hybridengine.model.loading import quiet
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.predictor import Predictor
 from hybridengine.stack.resolve import plugin_problems, resolve
+from hybridengine.train.adapters import ADAPTER
 from hybridengine.train.files import replace_folder
 from hybridengine.train.progress import Event, Listener
 
@@ -109,7 +110,7 @@ def train_stages(
 def _start_of_next(folder: Path, methods: Sequence[object]) -> str:
     """The best model as a full model: an adapter is merged into its base first."""
     best = folder / "best"
-    if not (best / "adapter_config.json").is_file():
+    if not (best / ADAPTER).is_file():
         return str(best)
     full = folder / "merged"
     if not full.is_dir():

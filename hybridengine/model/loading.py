@@ -154,6 +154,11 @@ def load_model_config(model: ModelConfig, *, key: str = "model.name") -> Any:
     from transformers import AutoConfig
 
     local = _check_place(model.name, key)
+    if local and (Path(model.name).expanduser() / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{model.name}: this is an adapter, and training starts from a full model; merge it first (PeftModel's"
+            " merge_and_unload, then save_pretrained), or train on from it with `stages`"
+        )
     if local and not (Path(model.name).expanduser() / "config.json").is_file():
         raise ModelError(
             f"{model.name}: there is no config.json, so this is no transformers model folder; give the folder that"

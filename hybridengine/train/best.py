@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +14,7 @@ from hybridengine.plugin.calling import Hooks
 from hybridengine.run import Run
 from hybridengine.seams.context import Context
 from hybridengine.stack.compose import evaluation
+from hybridengine.train.adapters import ADAPTER, complete_adapter
 from hybridengine.train.checkpoint import write_tensors
 from hybridengine.train.files import damage, replace_folder
 
@@ -26,8 +26,8 @@ def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
     with replace_folder(folder) as staging, evaluation(ctx, hooks), quiet():
         run.model.save_pretrained(staging)
         run.tokenizer.save_pretrained(staging)
-        if (staging / "adapter_config.json").is_file():
-            (staging / "README.md").write_text(_adapter_card(run), encoding="utf-8")
+        if (staging / ADAPTER).is_file():
+            complete_adapter(run, staging)
         modules = {
             f"{name}/{key}": value
             for name, module in run.modules.items()
@@ -40,43 +40,6 @@ def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
         (staging / "hybridengine.json").write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _adapter_card(run: Run) -> str:
-    """How to load an adapter, in place of PEFT's empty model card.
-
-    No `config.json` beside it: transformers would then look for full weights, and its pipelines refuse the folder.
-    Without one they know neither the labels nor the size of the head, so the code here gives both.
-    """
-    model: Any = run.model
-    base, name = model.get_base_model(), run.config.model.name
-    labels = f"Labels: {', '.join(run.labels)}.\n\n" if run.labels else ""
-    given = ""
-    if run.labels and list((base.config.id2label or {}).values()) == run.labels:
-        given = f",\n    id2label={base.config.id2label!r},\n    label2id={base.config.label2id!r},\n"
-        given += "    ignore_mismatched_sizes=True,  # the adapter brings the head\n"
-    return f"""---
-base_model: {json.dumps(name, ensure_ascii=False)}
-library_name: peft
----
-
-An adapter for `{name}`, trained with hybridengine for {run.config.task_entry[0]}. It holds no full model: whoever loads
-it needs the base model, at this very path where it is a local folder.
-
-{labels}With transformers and PEFT, FOLDER being this one:
-
-```python
-from peft import PeftModel
-from transformers import AutoTokenizer, {type(base).__name__}
-
-base = {type(base).__name__}.from_pretrained({"" if not given else chr(10) + "    "}{name!r}{given})
-model = PeftModel.from_pretrained(base, FOLDER).merge_and_unload()
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-```
-
-`model.save_pretrained(ANOTHER)` then writes a full model. With hybridengine, RUN being the run folder that this one
-stands in: `hybridengine.load(RUN).predict([...])`.
-"""
-
-
 def load_best(run: Run, folder: Path) -> None:
     """Put the weights of `best/` into the run's built model and its run modules.
 
@@ -85,7 +48,7 @@ def load_best(run: Run, folder: Path) -> None:
     """
     if reason := damage(folder):
         raise OutputError(f"{folder}: {reason}; train again in another `output`")
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(run.model, load_file(folder / "adapter_model.safetensors"))
