@@ -99,5 +99,5 @@ def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
         "data": {"train": [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 4, "carve": {}},
         "output": str(tmp_path / "second"),
     }
-    with pytest.raises(ModelError, match="this is an adapter.*merge_and_unload.*`stages`"):
+    with pytest.raises(ModelError, match=r"this is an adapter.*merge_and_unload.*`stages`"):
         Engine(config).train()
