@@ -61,5 +61,5 @@ def base_step(ctx: Context, works: Sequence[Work]) -> dict[str, Tensor]:
     """Zero, collect the gradient, update."""
     ctx.zero()
     terms = dict(ctx.gradient(ctx, works))
-    terms["gradient_norm"] = torch.tensor(ctx.apply())
+    terms["gradient_norm"] = torch.full((), ctx.apply())
     return terms

@@ -116,7 +116,8 @@ class Context(Gradients):
                 "functional parameters cannot be used with gradient checkpointing: the recomputation would see the"
                 " base weights; set `train.checkpointing: false`"
             )
-        self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
+        if self.trace.recording:
+            self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
         self.trace.features |= features
         inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
         device = self.run.device

@@ -158,11 +158,8 @@ class Gradients:
         self.trace.add("S")
         run, scale = self.run, self.run.loss_scale.value
         grads = [p.grad for p in run.optimised().values() if p.grad is not None]
-        total = kernels.total_norm(grads).to(run.device)
-        # All that the host asks of the device, in one transfer.
-        asked = [total, *(loss.reshape(()) for _, loss in self.witness), *self._overflows]
-        numbers: list[float] = torch.stack(asked).tolist()
-        norm, *others = numbers
+        asked = [kernels.total_norm(grads), *(loss for _, loss in self.witness), *self._overflows]
+        norm, *others = _numbers(asked, run.device)
         losses, overflowed = others[: len(self.witness)], any(others[len(self.witness) :])
         sound = all(map(math.isfinite, losses))
         finite, norm = sound and math.isfinite(norm), norm / scale
@@ -206,6 +203,14 @@ class Gradients:
             f"step {self.run.step + 1}: the {what} on rows [{places}]; the update was not made and the"
             " weights are unchanged. Look at these rows, lower `train.lr`, or use `precision: fp32`."
         )
+
+
+def _numbers(scalars: Sequence[Tensor], device: torch.device) -> list[float]:
+    """The scalars on the host; from a GPU they come in one transfer, for each would wait for it."""
+    if device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
+    numbers: list[float] = torch.stack([scalar.reshape(()).to(device) for scalar in scalars]).tolist()
+    return numbers
 
 
 @contextlib.contextmanager

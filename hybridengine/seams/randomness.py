@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -68,24 +68,29 @@ def dropout_key(device: torch.device, key: int | None) -> contextlib.AbstractCon
         return contextlib.nullcontext()
     if device.type == "cpu":
         return seeded(torch.default_generator, key)
-    return seeded(torch.default_generator, key, generator_of(device))
+    return _host_and_device(key, generator_of(device))
 
 
-class seeded:  # a class, not a generator function: every pass enters it
-    """Draws of the generators inside start from `seed`; their states are as before afterwards.
+@contextlib.contextmanager
+def _host_and_device(key: int, device: torch.Generator) -> Iterator[None]:
+    with seeded(torch.default_generator, key), seeded(device, key):
+        yield
+
+
+class seeded:  # a class without loops, not a generator function: every pass enters it
+    """Draws of the generator inside start from `seed`; its state is as before afterwards.
 
     It costs microseconds and touches nothing else; `torch.manual_seed` reseeds every GPU, `fork_rng` or not.
     """
 
-    def __init__(self, generator: torch.Generator, seed: int, *others: torch.Generator) -> None:
-        self._generators = (generator, *others)
-        self._seed = seed
+    __slots__ = ("_before", "_generator", "_seed")
+
+    def __init__(self, generator: torch.Generator, seed: int) -> None:
+        self._generator, self._seed = generator, seed
 
     def __enter__(self) -> None:
-        self._before = [generator.get_state() for generator in self._generators]
-        for generator in self._generators:
-            generator.manual_seed(self._seed)
+        self._before = self._generator.get_state()
+        self._generator.manual_seed(self._seed)
 
     def __exit__(self, *_: object) -> None:
-        for generator, state in zip(self._generators, self._before, strict=True):
-            generator.set_state(state)
+        self._generator.set_state(self._before)

@@ -31,4 +31,4 @@ def run(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm, float64."""
     record("total_norm", "cpu")
     parts = [(native.ELEMENT_TYPES[t.dtype], t.data_ptr(), t.numel()) for t in tensors]
-    return torch.tensor(native.module().total_norm(parts), dtype=torch.float64)
+    return torch.full((), native.module().total_norm(parts), dtype=torch.float64)
