@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from hybridengine.config import Config, Source, apply_overrides, check_config
 from hybridengine.errors import ConfigError
@@ -18,10 +18,14 @@ from hybridengine.train.adapters import ADAPTER
 from hybridengine.train.files import replace_folder
 from hybridengine.train.progress import Event, Listener
 
-if TYPE_CHECKING:
-    from hybridengine.engine import Engine
-
 __all__ = ["evaluated_data", "merged", "stage_configs", "train_stages"]
+
+
+class StageEngine(Protocol):
+    """What a stage needs of the engine, which stands above."""
+
+    def train(self) -> dict[str, Any]: ...
+    def check_data(self) -> None: ...
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def evaluated_data(config: Config, source: Source) -> dict[str, Any]:
 def train_stages(
     config: Config,
     stages: Sequence[Config],
-    engine: Callable[[Config], Engine],
+    engine: Callable[[Config], StageEngine],
     methods: Sequence[object],
     listen: Listener,
 ) -> dict[str, Any]:

@@ -155,9 +155,10 @@ def load_model_config(model: ModelConfig, *, key: str = "model.name") -> Any:
 
     local = _check_place(model.name, key)
     if local and (Path(model.name).expanduser() / "adapter_config.json").is_file():
+        way = "; to train on from it, use `stages`" if key == "model.name" else ""
         raise ModelError(
-            f"{model.name}: this is an adapter, and training starts from a full model; merge it first (PeftModel's"
-            " merge_and_unload, then save_pretrained), or train on from it with `stages`"
+            f"{key}: {model.name} is an adapter, not a full model; merge it first (PeftModel's merge_and_unload, then"
+            f" save_pretrained){way}"
         )
     if local and not (Path(model.name).expanduser() / "config.json").is_file():
         raise ModelError(

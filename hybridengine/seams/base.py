@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.randomness import mix
-from hybridengine.seams.types import Batch, View, Work, add_terms, weight_of, weighted_sum
+from hybridengine.seams.types import Batch, View, Work, add_terms, weight_of, weighted, weighted_sum
 
 __all__ = ["base_backward", "base_gradient", "base_step", "make_works"]
 
@@ -42,7 +42,7 @@ def base_backward(ctx: Context, work: Work) -> dict[str, Tensor]:
         terms = {name: value * weight}
     else:
         loss, weight = weighted_sum(out.terms, work.weights), None
-        terms = {name: value.detach() * work.weights[unit] for name, (value, unit) in out.terms.items()}
+        terms = {name: weighted(value.detach(), work.weights[unit]) for name, (value, unit) in out.terms.items()}
         value = loss.detach()
     ctx.witness.append((work.batch.rows, value))
     ctx.accumulate(loss, weight)

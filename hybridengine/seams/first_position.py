@@ -27,15 +27,17 @@ class FirstPosition:
     """The last layer of an encoder, computed at position 0 alone while armed."""
 
     def __init__(self, layer: nn.Module, short: Short) -> None:
-        self._layer, self._armed = layer, False
-        whole = type(layer).forward
+        self._layer, self._class, self._armed = layer, type(layer), False
 
-        def forward(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *a: Any, **k: Any) -> Any:
-            if self._armed:
-                return short(layer, hidden_states, attention_mask)
-            return whole(layer, hidden_states, attention_mask, *a, **k)
+        def wrap(whole: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(layer: Any, states: Tensor, attention_mask: Tensor | None = None, *a: Any, **k: Any) -> Any:
+                if self._armed:
+                    return short(layer, states, attention_mask)
+                return whole(layer, states, attention_mask, *a, **k)
 
-        self._class = override_forward(layer, forward)
+            return forward
+
+        override_forward(layer, wrap)
 
     @classmethod
     @torch.no_grad()
@@ -108,7 +110,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _last_layer(model: nn.Module) -> tuple[nn.Module, Short] | None:
-    """The last layer of the model's only known encoder, if no hook watches it or what stands above it."""
+    """The last layer of the only known encoder, if nobody changed its forward or watches it or what holds it."""
     modules = dict(model.named_modules())
     last = [(name, layers[-1]) for name, layers in modules.items() if isinstance(layers, nn.ModuleList) and len(layers)]
     known = [(name, layer, _SHORT[_name(layer)]) for name, layer in last if _name(layer) in _SHORT]
@@ -116,7 +118,7 @@ def _last_layer(model: nn.Module) -> tuple[nn.Module, Short] | None:
         return None
     name, layer, short = known[0]
     above = (module for other, module in modules.items() if f"{name}.".startswith(f"{other}." if other else ""))
-    if any(module._forward_hooks for module in (layer, *above)):
+    if "forward" in vars(layer) or any(module._forward_hooks for module in (layer, *above)):
         return None
     return layer, short
 

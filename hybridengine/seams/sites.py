@@ -44,11 +44,9 @@ class Sites:
         self._used: list[str] = []
         self._find(model, _made_up(inputs))
         for name in self._calls_per_module:
-            self._watch(name, model.get_submodule(name))
+            override_forward(model.get_submodule(name), functools.partial(self._watched, name))
 
-    def _watch(self, name: str, module: nn.Module) -> None:
-        whole = type(module).forward
-
+    def _watched(self, name: str, whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(module: nn.Module, ids: Tensor, *args: Any, **options: Any) -> Tensor:
             if self.soft_prompt is not None:
                 # Placeholder id -1-i stands for prompt vector i; the lookup itself must see a valid row.
@@ -59,7 +57,7 @@ class Sites:
                 output = whole(module, ids, *args, **options)
             return self._moved(name, output) if self._delta else output
 
-        override_forward(module, forward)
+        return forward
 
     def _find(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         seen: list[tuple[str, Tensor, Tensor]] = []

@@ -214,11 +214,11 @@ class Draw:
 
 def add_terms(*parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What several passes of one work returned, summed by name."""
-    values: dict[str, list[Tensor]] = {}
+    total: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
-            values.setdefault(name, []).append(value)
-    return {name: several[0] if len(several) == 1 else torch.stack(several).sum(0) for name, several in values.items()}
+            total[name] = total[name] + value if name in total else value
+    return total
 
 
 def weight_of(unit: str, weights: Mapping[str, float], name: str) -> float:

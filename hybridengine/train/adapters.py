@@ -1,11 +1,14 @@
-"""What stands in `best/` beside an adapter: its base model where that is small, and how to load both."""
+"""What stands in `best/` beside an adapter: a base model for its head where transformers needs one, and a card."""
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hybridengine.run import Run
 
@@ -19,31 +22,58 @@ _LARGEST_BASE = 2 << 30
 
 
 def complete_adapter(run: Run, folder: Path) -> None:
-    """Add the base model with its configuration, and how to load both, in place of PEFT's empty model card.
+    """Add what transformers needs to load the adapter in `folder`, and a card in place of PEFT's empty one.
 
-    Transformers takes a folder with `config.json` for a whole model with an adapter in it; of an adapter alone, its
-    pipelines know neither the labels nor the size of the head.
+    With a new head, transformers cannot tell its size and labels from the base model that an adapter names. It takes a
+    folder with `config.json` and weights for a whole model with an adapter in it, so those stand here too.
     """
     model: Any = run.model
-    base, name, kind = model.get_base_model(), run.config.model.name, type(model.get_base_model()).__name__
-    whole = sum(p.numel() * p.element_size() for p in base.parameters()) <= _LARGEST_BASE
+    base, kind = model.get_base_model(), type(model.get_base_model()).__name__
+    size = sum(p.numel() * p.element_size() for p in base.parameters())
+    heads = _new_heads(base)
+    fits = size <= _LARGEST_BASE and 2 * size < shutil.disk_usage(folder).free  # the folder it replaces is still there
+    whole = bool(heads) and fits and hasattr(model, "unload")
     if whole:
-        copy.deepcopy(model).unload().save_pretrained(folder)
-    head = f"""---
-base_model: {json.dumps(name, ensure_ascii=False)}
+        _save_base(model, heads, folder)
+    labels = f"\nLabels: {', '.join(run.labels)}.\n" if run.labels else ""
+    card = _CARD_OF_WHOLE.format(kind=kind) if whole else _card_of_adapter(run, base, kind)
+    name = run.config.model.name
+    head = _HEAD.format(base=json.dumps(name, ensure_ascii=False), name=name, task=run.config.task_entry[0])
+    (folder / "README.md").write_text(head + labels + card + _CARD_END, encoding="utf-8")
+
+
+def _new_heads(base: Any) -> list[str]:
+    from peft.utils import ModulesToSaveWrapper
+
+    return [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def _save_base(model: Any, heads: list[str], folder: Path) -> None:
+    """Save the base model with NaN for the heads, which the adapter brings.
+
+    Without PEFT, transformers reads over the adapter and says nothing: no numbers are better than wrong ones.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}  # the copy is for its modules alone
+    base = copy.deepcopy(model, shared).unload()
+    state = {
+        key: torch.full_like(value, torch.nan)
+        if value.is_floating_point() and any(key.startswith(f"{head}.") for head in heads)
+        else value
+        for key, value in base.state_dict().items()
+    }
+    base.save_pretrained(folder, state_dict=state)
+
+
+_HEAD = """---
+base_model: {base}
 library_name: peft
 ---
 
-An adapter for `{name}`, trained with hybridengine for {run.config.task_entry[0]}.
+An adapter for `{name}`, trained with hybridengine for {task}.
 """
-    labels = f"\nLabels: {', '.join(run.labels)}.\n" if run.labels else ""
-    card = head + labels + (_CARD_OF_WHOLE.format(kind=kind) if whole else _card_of_adapter(run, base, name, kind))
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
 
 _CARD_OF_WHOLE = """
-`adapter_model.safetensors` is the adapter, `model.safetensors` the base model with the trained head. FOLDER being this
-one, transformers loads both (PEFT must be installed), and so do its pipelines:
+With transformers **and PEFT**, FOLDER being this one, its pipelines work too:
 
 ```python
 from transformers import AutoTokenizer, {kind}
@@ -52,19 +82,26 @@ model = {kind}.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-Where the base model is at hand, `adapter_model.safetensors` and `adapter_config.json` are all that `PeftModel` needs.
-With hybridengine, RUN being the run folder that this one stands in: `hybridengine.load(RUN).predict([...])`.
+`model.safetensors` is the base model; its head is NaN, for the trained one comes with the adapter. Without PEFT
+transformers reads over the adapter, and all scores are NaN. `adapter_config.json` and `adapter_model.safetensors` are
+all that `PeftModel` needs where the base model is at hand.
+"""
+
+_CARD_END = """
+With hybridengine, RUN being the run folder that this one stands in: `hybridengine.load(RUN).predict([...])`. It needs
+the base model at the path named above where that is a local folder.
 """
 
 
-def _card_of_adapter(run: Run, base: Any, name: str, kind: str) -> str:
+def _card_of_adapter(run: Run, base: Any, kind: str) -> str:
     given = ""
     if run.labels and list((base.config.id2label or {}).values()) == run.labels:
         given = f",\n    id2label={base.config.id2label!r},\n    label2id={base.config.label2id!r},\n"
         given += "    ignore_mismatched_sizes=True,  # the adapter brings the head\n"
+    name = run.config.model.name
     return f"""
-It holds no full model, for that is large: whoever loads it needs the base model, at this very path where it is a local
-folder. With transformers and PEFT, FOLDER being this one:
+It holds no full model: whoever loads it needs the base model, at this very path where it is a local folder. With
+transformers and PEFT, FOLDER being this one:
 
 ```python
 from peft import PeftModel
@@ -75,6 +112,5 @@ model = PeftModel.from_pretrained(base, FOLDER).merge_and_unload()
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-`model.save_pretrained(ANOTHER)` then writes a full model. With hybridengine, RUN being the run folder that this one
-stands in: `hybridengine.load(RUN).predict([...])`.
+`model.save_pretrained(ANOTHER)` then writes a full model.
 """

@@ -146,6 +146,20 @@ def test_a_copied_model_reads_the_same_slot() -> None:
     assert torch.equal(bench.ctx.outputs(batch, [View()], model=double)[0].scores, logits(bench, View()))
 
 
+def test_a_forward_put_on_the_embedding_itself_is_seen() -> None:
+    """As accelerate does for offloaded and quantised models; it comes before the forward of the class."""
+    model = tiny_bert(**BERT).double()
+    words = model.bert.embeddings.word_embeddings
+    own = words.forward
+    words.forward = lambda ids: 2 * own(ids)
+    bench, batch = bench_of(model), make_batch()
+    delta = {site: torch.ones_like(z) for site, z in bench.ctx.zeros(batch).items()}
+    moved = logits(bench, View().plus(delta))
+    plain = tiny_bert(**BERT).double()
+    plain.bert.embeddings.word_embeddings.register_forward_hook(lambda m, a, out: 2 * out + 1)
+    torch.testing.assert_close(moved, plain(**batch.inputs).logits)
+
+
 def test_a_model_without_token_embeddings_says_so() -> None:
     bench = set_up([], tiny_bert(**BERT), make_batch())
     bench.run.sites = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from peft import PeftModel
 import hybridengine
 from hybridengine import Engine
 from hybridengine.errors import ModelError
-from hybridengine.testing import tiny_checkpoint
+from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_checkpoint
 from hybridengine.train import adapters
+from hybridengine_plugins.adapters.lora import LoRA
 
 LABELS = ["bad", "fine", "good"]
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -65,7 +67,7 @@ def test_one_line_of_transformers_loads_adapter_head_and_labels(tmp_path: Path, 
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         run / "best", output_loading_info=True
     )
-    assert not info["missing_keys"]  # the trained head stands in the base too, so nothing is made up and told about
+    assert not info["missing_keys"]  # nothing is made up and warned about
     agrees(model, tokenizer, run)
     classify = transformers.pipeline("text-classification", model=str(run / "best"), top_k=None)
     (found,) = classify(["a good film"])
@@ -80,8 +82,24 @@ def test_one_line_of_transformers_loads_adapter_head_and_labels(tmp_path: Path, 
     agrees(names["model"], names["tokenizer"], run)
 
 
-def test_the_adapter_of_a_large_base_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "_LARGEST_BASE", 1000)
+def test_without_peft_no_scores_are_better_than_wrong_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path)
+    for module in (transformers.integrations.peft, transformers.models.auto.auto_factory):
+        monkeypatch.setattr(module, "is_peft_available", lambda: False)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(run / "best")
+    tokens = transformers.AutoTokenizer.from_pretrained(run / "best")("a good film", return_tensors="pt")
+    assert model(**tokens).logits.isnan().all()
+
+
+@pytest.mark.parametrize("reason", ["large", "little room"])
+def test_where_a_base_does_not_fit_the_adapter_stands_alone(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason == "large":
+        monkeypatch.setattr(adapters, "_LARGEST_BASE", 1000)
+    else:
+        full = SimpleNamespace(free=100_000)
+        monkeypatch.setattr(adapters.shutil, "disk_usage", lambda _: full)
     run = trained(tmp_path)
     names = {path.name for path in (run / "best").iterdir()}
     assert not names & {"config.json", "model.safetensors"} and "adapter_model.safetensors" in names
@@ -89,6 +107,22 @@ def test_the_adapter_of_a_large_base_stands_alone(tmp_path: Path, monkeypatch: p
     assert "README.md" in listed
     loaded = card_code(run)
     agrees(loaded["model"], loaded["tokenizer"], run)
+
+
+def test_saving_leaves_the_model_in_training_as_it_was(tmp_path: Path) -> None:
+    batch = make_batch()
+    run = set_up([LoRA(r=2)], tiny_bert(num_labels=3), batch).run
+    for parameter in run.may_optimise.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    def seen() -> tuple[torch.Tensor, list[tuple[str, bool, int]]]:
+        parameters = [(name, p.requires_grad, id(p)) for name, p in run.model.named_parameters()]
+        return run.model.eval()(**batch.inputs).logits, parameters
+
+    logits, parameters = seen()
+    adapters.complete_adapter(run, tmp_path)
+    assert torch.equal(seen()[0], logits) and seen()[1] == parameters
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
@@ -99,5 +133,5 @@ def test_an_adapter_is_no_model_to_start_from(tmp_path: Path) -> None:
         "data": {"train": [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 4, "carve": {}},
         "output": str(tmp_path / "second"),
     }
-    with pytest.raises(ModelError, match=r"this is an adapter.*merge_and_unload.*`stages`"):
+    with pytest.raises(ModelError, match=r"is an adapter, not a full model.*merge_and_unload.*`stages`"):
         Engine(config).train()
