@@ -73,7 +73,7 @@ An adapter for `{name}`, trained with hybridengine for {task}.
 """
 
 _CARD_OF_WHOLE = """
-With transformers **and PEFT**, FOLDER being this one, its pipelines work too:
+With transformers (5.4 or newer) **and PEFT**, FOLDER being this one; pipelines work too:
 
 ```python
 from transformers import AutoTokenizer, {kind}
