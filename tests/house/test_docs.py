@@ -111,6 +111,24 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["english", "chinese"])
+def test_the_speeds_told_are_those_measured(text: str) -> None:
+    results = ROOT / "benchmarks" / "results"
+    for data in ("pros_cons", "sst2"):
+        found = json.loads((results / f"engine-{data}-cpu.json").read_text(encoding="utf-8"))
+        trainer, full = (found["results"][name]["samples_per_second"]["median"] for name in ("trainer", "full"))
+        pair = found["full_against_trainer"]
+        low, ratio, high = sorted(pair["speed_ratio"]["each"])
+        points = [100 * pair["comparison"][key] for key in ("difference", "low", "high")]
+        assert (
+            f"| `{data}` | {trainer:.0f} | {full:.0f} | {ratio:.2f} ({low:.2f} to {high:.2f}) |"
+            " {:+.1f} ({:+.1f} to {:+.1f}) |".format(*points)
+        ) in text
+    methods = json.loads((results / "methods-cpu.json").read_text(encoding="utf-8"))["methods"]
+    ratios = [entry["median"] for entry in methods["ratio_to_declared_passes"].values()]
+    assert re.search(rf"{min(ratios):.2f} (to|到) {max(ratios):.2f}", text)
+
+
 def test_both_readmes_have_the_same_code() -> None:
     fenced = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
     assert fenced.findall(CHINESE) == fenced.findall(ENGLISH)
