@@ -24,22 +24,35 @@ _LARGEST_BASE = 2 << 30
 def complete_adapter(run: Run, folder: Path) -> None:
     """Add what transformers needs to load the adapter in `folder`, and a card in place of PEFT's empty one.
 
-    With a new head, transformers cannot tell its size and labels from the base model that an adapter names. It takes a
+    Of a new head with labels, the base model that an adapter names tells neither size nor labels. Transformers takes a
     folder with `config.json` and weights for a whole model with an adapter in it, so those stand here too.
     """
-    model: Any = run.model
-    base, kind = model.get_base_model(), type(model.get_base_model()).__name__
-    size = sum(p.numel() * p.element_size() for p in base.parameters())
-    heads = _new_heads(base)
-    fits = size <= _LARGEST_BASE and 2 * size < shutil.disk_usage(folder).free  # the folder it replaces is still there
-    whole = bool(heads) and fits and hasattr(model, "unload")
+    base: Any = run.model.get_base_model()
+    labelled = bool(run.labels) and list((base.config.id2label or {}).values()) == run.labels
+    heads = _new_heads(base) if labelled else []
+    whole = bool(heads) and _has_room(run, base, folder)
     if whole:
-        _save_base(model, heads, folder)
-    labels = f"\nLabels: {', '.join(run.labels)}.\n" if run.labels else ""
-    card = _CARD_OF_WHOLE.format(kind=kind) if whole else _card_of_adapter(run, base, kind)
+        _save_base(run.model, heads, folder)
     name = run.config.model.name
-    head = _HEAD.format(base=json.dumps(name, ensure_ascii=False), name=name, task=run.config.task_entry[0])
-    (folder / "README.md").write_text(head + labels + card + _CARD_END, encoding="utf-8")
+    start = _CARD_START.format(base=json.dumps(name, ensure_ascii=False), name=name, task=run.config.task_entry[0])
+    labels = f"\nLabels: {', '.join(run.labels)}.\n" if run.labels else ""
+    load = _CARD_OF_WHOLE.format(kind=type(base).__name__) if whole else _card_of_adapter(base, name, labelled)
+    (folder / "README.md").write_text(start + labels + load + _CARD_END, encoding="utf-8")
+
+
+def _has_room(run: Run, base: Any, folder: Path) -> bool:
+    """Whether the base model can stand beside its adapter; the run tells why not."""
+    size = sum(p.numel() * p.element_size() for p in base.parameters())
+    if not hasattr(run.model, "unload"):
+        why = "PEFT cannot take this kind of adapter off its base model"
+    elif size > _LARGEST_BASE:
+        why = f"the base model has {size / 1e9:.1f} GB"
+    elif 2 * size > (free := shutil.disk_usage(folder).free):  # as much again is left to the checkpoints
+        why = f"the disk has {free / 1e9:.1f} GB left"
+    else:
+        return True
+    run.say(f"best/ holds the adapter alone, because {why}; its README.md has the code that loads it with its base")
+    return False
 
 
 def _new_heads(base: Any) -> list[str]:
@@ -64,7 +77,7 @@ def _save_base(model: Any, heads: list[str], folder: Path) -> None:
     base.save_pretrained(folder, state_dict=state)
 
 
-_HEAD = """---
+_CARD_START = """---
 base_model: {base}
 library_name: peft
 ---
@@ -93,12 +106,11 @@ the base model at the path named above where that is a local folder.
 """
 
 
-def _card_of_adapter(run: Run, base: Any, kind: str) -> str:
-    given = ""
-    if run.labels and list((base.config.id2label or {}).values()) == run.labels:
+def _card_of_adapter(base: Any, name: str, labelled: bool) -> str:
+    kind, given = type(base).__name__, ""
+    if labelled:
         given = f",\n    id2label={base.config.id2label!r},\n    label2id={base.config.label2id!r},\n"
         given += "    ignore_mismatched_sizes=True,  # the adapter brings the head\n"
-    name = run.config.model.name
     return f"""
 It holds no full model: whoever loads it needs the base model, at this very path where it is a local folder. With
 transformers and PEFT, FOLDER being this one:

@@ -105,13 +105,16 @@ def test_where_a_base_does_not_fit_the_adapter_stands_alone(
     assert not names & {"config.json", "model.safetensors"} and "adapter_model.safetensors" in names
     listed = json.loads((run / "best" / "manifest.json").read_text(encoding="utf-8"))["files"]
     assert "README.md" in listed
+    (note,) = (n for n in json.loads((run / "summary.json").read_text(encoding="utf-8"))["notes"] if "best/" in n)
+    assert ("the base model has" if reason == "large" else "the disk has 0.0 GB left") in note
     loaded = card_code(run)
     agrees(loaded["model"], loaded["tokenizer"], run)
 
 
 def test_saving_leaves_the_model_in_training_as_it_was(tmp_path: Path) -> None:
     batch = make_batch()
-    run = set_up([LoRA(r=2)], tiny_bert(num_labels=3), batch).run
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    run = set_up([LoRA(r=2)], tiny_bert(**labels), batch, labels=LABELS).run
     for parameter in run.may_optimise.values():
         torch.nn.init.normal_(parameter, std=0.1)
 

@@ -125,7 +125,7 @@ def test_the_speeds_told_are_those_measured(text: str) -> None:
             " {:+.1f} ({:+.1f} to {:+.1f}) |".format(*points)
         ) in text
     methods = json.loads((results / "methods-cpu.json").read_text(encoding="utf-8"))["methods"]
-    ratios = [entry["median"] for entry in methods["ratio_to_declared_passes"].values()]
+    ratios = [entry["median"] for name, entry in methods["ratio_to_declared_passes"].items() if name != "plain"]
     assert re.search(rf"{min(ratios):.2f} (to|到) {max(ratios):.2f}", text)
 
 
