@@ -83,9 +83,10 @@ def test_edges_and_what_is_not_finite(isa: str) -> None:
     x = torch.tensor([math.inf, -math.inf, math.nan, -math.nan, 0.0, 3e38])
     for filler in (0, 64):  # in a block of full length and in the rest of one
         padded = torch.cat((x, torch.zeros(filler)))
-        got, expected = (with_gradient(padded, torch.ones_like(padded), impl) for impl in ("cpu", "reference"))
-        for a, b in zip(got, expected, strict=True):
-            assert torch.equal(a.nan_to_num(nan=-1.0), b.nan_to_num(nan=-1.0))  # 0, 1/2, 1 and 3e38 are exact
+        value, gradient = with_gradient(padded, torch.ones_like(padded), "cpu")
+        # Against the exact values, not torch: its AVX-512 kernel overflows at 3e38 and gives NaN at infinity.
+        assert value[[0, 4, 5]].tolist() == [math.inf, 0.0, x[5].item()] and bool(value[1:4].isnan().all())
+        assert gradient[4:6].tolist() == [0.5, 1.0] and bool(gradient[:4].isnan().all())
     incoming = torch.tensor([math.nan, math.inf, 0.0])
     gradient = with_gradient(torch.ones(3), incoming, "cpu")[1]
     assert gradient[0].isnan() and gradient[1] == math.inf and gradient[2] == 0

@@ -33,7 +33,7 @@ def _fake(
 
 operators.define(
     "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
-    "int reduction, bool empty_is_zero, bool want_gradient) -> (Tensor loss, Tensor gradient)",
+    "int reduction, bool empty_is_zero, bool want_gradient, str impl) -> (Tensor loss, Tensor gradient)",
     _fake,
 )
 
@@ -80,7 +80,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        loss, unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *options, want_gradient)
+        loss, unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *options, want_gradient, "cpu")
         _remember(ctx, logits, target, weight, unit, options)
         return loss, unit
 
@@ -115,7 +115,7 @@ def _backward(ctx: Any, grad_loss: Tensor) -> Tensor:
         )
         return differentiable
     if not ready:
-        unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *ctx.options, True)[1]
+        unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *ctx.options, True, "cpu")[1]
     # The caller may keep the buffer as .grad and add to it: a second backward computes a new one.
     ctx.given_away = True
     _scale_in_place(unit, grad_loss)
@@ -129,7 +129,7 @@ class _Transformable(torch.autograd.Function):
     def forward(
         logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        loss, unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *options, want_gradient)
+        loss, unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *options, want_gradient, "cpu")
         return loss, unit
 
     @staticmethod

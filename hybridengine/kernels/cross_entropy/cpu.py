@@ -113,4 +113,4 @@ def _operator(
     return loss, gradient
 
 
-operators.implement("cross_entropy", "CPU", _operator)
+operators.implement("cross_entropy", "cpu", _operator)

@@ -32,7 +32,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
         ctx.p, ctx.seed = p, seed
-        result: Tensor = torch.ops.hybridengine.dropout(x, p, seed)
+        result: Tensor = torch.ops.hybridengine.dropout(x, p, seed, "cpu")
         return result
 
     @staticmethod
@@ -57,7 +57,7 @@ def _operator(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 operators.define(
-    "dropout(Tensor x, float p, int seed) -> Tensor",
+    "dropout(Tensor x, float p, int seed, str impl) -> Tensor",
     lambda x, p, seed: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
-operators.implement("dropout", "CPU", _operator)
+operators.implement("dropout", "cpu", _operator)

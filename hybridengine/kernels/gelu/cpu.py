@@ -39,21 +39,24 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        result: Tensor = torch.ops.hybridengine.gelu(x)
+        result: Tensor = torch.ops.hybridengine.gelu(x, "cpu")
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        library = torch.ops.aten if differentiated_again(gradient) else torch.ops.hybridengine
-        result: Tensor = library.gelu_backward(gradient, x)
+        result: Tensor
+        if differentiated_again(gradient):
+            result = torch.ops.aten.gelu_backward(gradient, x)
+        else:
+            result = torch.ops.hybridengine.gelu_backward(gradient, x, "cpu")
         return result
 
 
 def run(x: Tensor) -> Tensor:
     """Return x Phi(x)."""
     wanted = torch.is_grad_enabled() and x.requires_grad
-    result: Tensor = operators.apply(_Gelu, x) if wanted else torch.ops.hybridengine.gelu(x)
+    result: Tensor = operators.apply(_Gelu, x) if wanted else torch.ops.hybridengine.gelu(x, "cpu")
     return result
 
 
@@ -72,7 +75,7 @@ def _fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-operators.define("gelu(Tensor x) -> Tensor", _fake)
-operators.define("gelu_backward(Tensor gradient, Tensor x) -> Tensor", lambda gradient, x: _fake(x))
-operators.implement("gelu", "CPU", lambda x: _launch(x, None))
-operators.implement("gelu_backward", "CPU", lambda gradient, x: _launch(x, gradient))
+operators.define("gelu(Tensor x, str impl) -> Tensor", _fake)
+operators.define("gelu_backward(Tensor gradient, Tensor x, str impl) -> Tensor", lambda gradient, x: _fake(x))
+operators.implement("gelu", "cpu", lambda x: _launch(x, None))
+operators.implement("gelu_backward", "cpu", lambda gradient, x: _launch(x, gradient))

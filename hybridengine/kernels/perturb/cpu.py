@@ -32,7 +32,7 @@ def why_not(sites: list[Site]) -> str | None:
 def run(sites: list[Site], step_size: float, epsilon: float | None, linf: bool) -> list[Tensor]:
     """Return the new delta of each site."""
     delta, gradient, mask = ([getattr(site, name) for site in sites] for name in Site._fields)
-    results: list[Tensor] = torch.ops.hybridengine.perturb_step(delta, gradient, mask, step_size, epsilon, linf)
+    results: list[Tensor] = torch.ops.hybridengine.perturb_step(delta, gradient, mask, step_size, epsilon, linf, "cpu")
     return results
 
 
@@ -58,8 +58,8 @@ def _operator(
 
 
 operators.define(
-    "perturb_step(Tensor[] delta, Tensor[] gradient, Tensor[] mask, float step_size, float? epsilon, bool linf) "
-    "-> Tensor[]",
+    "perturb_step(Tensor[] delta, Tensor[] gradient, Tensor[] mask, float step_size, float? epsilon, bool linf, "
+    "str impl) -> Tensor[]",
     _fake,
 )
-operators.implement("perturb_step", "CPU", _operator)
+operators.implement("perturb_step", "cpu", _operator)
