@@ -31,12 +31,34 @@ Type* pointer(Address address) {
   return reinterpret_cast<Type*>(address);
 }
 
-void call_cross_entropy(int element, Address logits, int64_t row_stride, Address target, Address weight, int64_t rows,
-                        int64_t classes, int64_t ignore_index, double smoothing, int reduction, bool empty_is_zero,
-                        Address loss, Address gradient) {
-  cross_entropy({static_cast<ElementType>(element), pointer<const void>(logits), row_stride,
-                 pointer<const int64_t>(target), pointer<const void>(weight), rows, classes, ignore_index, smoothing,
-                 static_cast<Reduction>(reduction), empty_is_zero, pointer<void>(loss), pointer<void>(gradient)});
+// The arguments of a problem, as hybridengine/kernels/cross_entropy/cpu.py packs them.
+using Logits = std::tuple<int, Address, int64_t, int64_t, int64_t>;            // element, values, stride, rows, classes
+using Targets = std::tuple<Address, Address, Address, int64_t>;               // labels, soft, weight, ignored
+using Shape = std::tuple<double, double, double, double, double, double>;     // smoothing, scale, softcap, z; factors
+
+void call_cross_entropy(const Logits& logits, const Targets& targets, const Shape& shape, Address gradient,
+                        int64_t gradient_stride, Address by_loss, int64_t by_loss_stride, Address by_lse, Address loss,
+                        Address lse) {
+  const auto& [element, values, row_stride, rows, classes] = logits;
+  const auto& [labels, soft, weight, ignore_index] = targets;
+  const auto& [smoothing, scale, softcap, z_loss, loss_factor, z_factor] = shape;
+  const CrossEntropy problem{static_cast<ElementType>(element), pointer<const void>(values), row_stride, rows, classes,
+                             pointer<const int64_t>(labels), pointer<const void>(soft), pointer<const void>(weight),
+                             ignore_index, smoothing, scale, softcap, z_loss, loss_factor, z_factor,
+                             pointer<void>(gradient), gradient_stride};
+  cross_entropy(problem, {pointer<const void>(by_loss), by_loss_stride, pointer<const void>(by_lse)},
+                pointer<void>(loss), pointer<void>(lse));
+}
+
+std::pair<int64_t, double> call_label_totals(int element, Address target, Address weight, int64_t rows, int64_t classes,
+                                             int64_t ignore_index) {
+  const LabelTotals totals = label_totals(static_cast<ElementType>(element), pointer<const int64_t>(target),
+                                          pointer<const void>(weight), rows, classes, ignore_index);
+  return {totals.rows, totals.weight};
+}
+
+double call_sum_in_order(int element, Address values, int64_t count) {
+  return sum_in_order(static_cast<ElementType>(element), pointer<const void>(values), count);
 }
 
 void call_scale_rows(int element, Address gradient, int64_t rows, int64_t classes, Address factor,
@@ -98,6 +120,8 @@ py::dict pool_statistics_as_dict() {
 PYBIND11_MODULE(_native, module) {
   const py::call_guard<py::gil_scoped_release> without_gil;
   module.def("cross_entropy", &call_cross_entropy, without_gil);
+  module.def("label_totals", &call_label_totals, without_gil);
+  module.def("sum_in_order", &call_sum_in_order, without_gil);
   module.def("scale_rows", &call_scale_rows, without_gil);
   module.def("dropout", &call_dropout, without_gil);
   module.def("embedding_gradient", &call_embedding_gradient, without_gil);

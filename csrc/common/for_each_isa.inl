@@ -17,6 +17,7 @@ namespace on_baseline {
 #include HE_BODY
 }  // namespace on_baseline
 #undef HE_VECTOR_BYTES
+#undef HE_HAS_AVX512
 
 #if HE_X86_DISPATCH
 
@@ -28,6 +29,7 @@ namespace on_avx2 {
 #include HE_BODY
 }  // namespace on_avx2
 #undef HE_VECTOR_BYTES
+#undef HE_HAS_AVX512
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -38,6 +40,7 @@ namespace on_avx512 {
 #include HE_BODY
 }  // namespace on_avx512
 #undef HE_VECTOR_BYTES
+#undef HE_HAS_AVX512
 #pragma GCC pop_options
 
 // Calls `function` of the namespace that current_isa() names.

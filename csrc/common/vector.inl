@@ -1,5 +1,7 @@
 // Vectors of HE_VECTOR_BYTES bytes, by GCC/Clang vector extensions. Included once per instruction set.
 
+#define HE_HAS_AVX512 (HE_X86_DISPATCH && HE_VECTOR_BYTES == 64)
+
 constexpr int kFloatLanes = HE_VECTOR_BYTES / 4;
 constexpr int kDoubleLanes = HE_VECTOR_BYTES / 8;
 
@@ -46,6 +48,16 @@ HE_INLINE FloatLanes load(const Bf16* source) {
 
 HE_INLINE void store(float* target, FloatLanes vector) { __builtin_memcpy(target, &vector, sizeof(vector)); }
 HE_INLINE void store(double* target, DoubleLanes vector) { __builtin_memcpy(target, &vector, sizeof(vector)); }
+
+HE_INLINE void stream(float* target, FloatLanes vector) {
+#if HE_HAS_AVX512
+  __builtin_ia32_movntps512(target, vector);
+#elif HE_VECTOR_BYTES == 32
+  __builtin_ia32_movntps256(target, vector);
+#else
+  __builtin_ia32_movntps(target, vector);
+#endif
+}
 
 // Rounds to nearest even; NaN becomes the quiet NaN that torch uses.
 HE_INLINE void store(Bf16* target, FloatLanes vector) {
@@ -120,14 +132,17 @@ HE_INLINE double sum_of(Vector vector) {
 
 // exp(x) for x <= 0, NaN kept, error about 1 ulp; 0 below the smallest normal number.
 // x = k*ln2 + r with |r| <= ln2/2: k comes from the rounding that adding 1.5*2^23 forces, ln2 is split in two so that
-// k*ln2 loses nothing (Cody and Waite), exp(r) is a polynomial, 2^k goes straight into the exponent bits.
+// k*ln2 loses nothing (Cody and Waite), exp(r) is a polynomial.
 HE_INLINE FloatLanes exp_of_nonpositive(FloatLanes x) {
-  const FloatLanes lowest = splat<FloatLanes>(-87.33654f);
-  const FloatLanes clamped = x < lowest ? lowest : x;
-  const FloatLanes shifted = clamped * 1.44269504088896341f + 12582912.0f;
+  constexpr float lowest = -87.33654f;
+#if HE_HAS_AVX512
+  const FloatLanes bounded = x;  // what overflows below `lowest` is masked in the end
+#else
+  const FloatLanes bounded = x < lowest ? splat<FloatLanes>(lowest) : x;
+#endif
+  const FloatLanes shifted = bounded * 1.44269504088896341f + 12582912.0f;
   const FloatLanes k = shifted - 12582912.0f;
-  const IntLanes exponent = (IntLanes)shifted << 23;
-  const FloatLanes r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+  const FloatLanes r = (bounded - k * 0.693359375f) + k * 2.12194440e-4f;
   FloatLanes p = splat<FloatLanes>(1.3981999507e-3f);
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
@@ -135,11 +150,83 @@ HE_INLINE FloatLanes exp_of_nonpositive(FloatLanes x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const FloatLanes value = (FloatLanes)((IntLanes)p + exponent);
+#if HE_HAS_AVX512
+  // p * 2^k in one instruction, through which NaN goes by itself. 21: not less; 4: round as set.
+  const auto normal = __builtin_ia32_cmpps512_mask(x, splat<FloatLanes>(lowest), 21, 0xffff, 4);
+  return __builtin_ia32_scalefps512_mask(p, k, FloatLanes{}, normal, 4);
+#else
+  const FloatLanes value = (FloatLanes)((IntLanes)p + ((IntLanes)shifted << 23));  // 2^k into the exponent bits
   const FloatLanes positive = x < lowest ? FloatLanes{} : value;
   return x == x ? positive : x;
+#endif
 }
 HE_INLINE DoubleLanes exp_of_nonpositive(DoubleLanes x) {
   for (int lane = 0; lane < kDoubleLanes; ++lane) x[lane] = __builtin_exp(x[lane]);
   return x;
+}
+
+// tanh(x), error about 2 ulp. Near 0 an odd polynomial (Cephes), because 1 - 2 / (exp(2x) + 1) would cancel there.
+HE_INLINE FloatLanes tanh_of(FloatLanes x) {
+  const FloatLanes size = x < 0 ? -x : x;
+  const FloatLanes square = x * x;
+  FloatLanes p = splat<FloatLanes>(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square + -5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square + -3.33332819422e-1f;
+  const FloatLanes small = p * square * x + x;
+  const FloatLanes decay = exp_of_nonpositive(size * -2.0f);
+  const FloatLanes large = (1.0f - decay) / (1.0f + decay);
+  return size < 0.625f ? small : (x < 0 ? -large : large);
+}
+HE_INLINE DoubleLanes tanh_of(DoubleLanes x) {
+  for (int lane = 0; lane < kDoubleLanes; ++lane) x[lane] = __builtin_tanh(x[lane]);
+  return x;
+}
+
+// Loops over arrays whose length is no multiple of the vector: the body is called with Whole for full vectors and once
+// with Part for the rest, and hands that on to load, store and keep.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+template <class Element, class Body>
+HE_INLINE void each_vector(int64_t count, Body body) {
+  constexpr int lanes = Lanes<Element>::count;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) body(i, Whole{});
+  if (i < count) body(i, Part{count - i});
+}
+
+template <class Element>
+HE_INLINE typename Lanes<Element>::Vector load(const Element* source, Whole, float) {
+  return load(source);
+}
+template <class Element>
+HE_INLINE typename Lanes<Element>::Vector load(const Element* source, Part part, float filler) {
+  auto vector = splat<typename Lanes<Element>::Vector>((Accumulator<Element>)filler);
+  for (int64_t lane = 0; lane < part.count; ++lane) vector[lane] = to_accumulator(source[lane]);
+  return vector;
+}
+
+template <class Element, class Vector>
+HE_INLINE void store(Element* target, Vector vector, Whole) {
+  store(target, vector);
+}
+template <class Element, class Vector>
+HE_INLINE void store(Element* target, Vector vector, Part part) {
+  for (int64_t lane = 0; lane < part.count; ++lane) store_one(target + lane, vector[lane]);
+}
+
+// The vector with zeros where there are no elements.
+template <class Vector>
+HE_INLINE Vector keep(Vector vector, Whole) {
+  return vector;
+}
+template <class Vector>
+HE_INLINE Vector keep(Vector vector, Part part) {
+  Vector kept = Vector{};
+  for (int64_t lane = 0; lane < part.count; ++lane) kept[lane] = vector[lane];
+  return kept;
 }

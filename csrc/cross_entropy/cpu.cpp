@@ -1,7 +1,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,6 +12,11 @@
 namespace hybridengine {
 namespace {
 
+struct RowResult {
+  double loss;
+  double lse;
+};
+
 #define HE_BODY "cross_entropy/rows.inl"
 #include "common/for_each_isa.inl"
 
@@ -21,70 +25,65 @@ constexpr int64_t kElementsPerTask = 32768;
 
 int64_t rows_per_task(int64_t classes) { return classes >= kElementsPerTask ? 1 : kElementsPerTask / (classes + 1) + 1; }
 
-bool is_double(ElementType element) { return element == ElementType::float64; }
-
 double read(ElementType element, const void* values, int64_t index) {
-  return is_double(element) ? static_cast<const double*>(values)[index] : static_cast<const float*>(values)[index];
+  return element == ElementType::float64 ? static_cast<const double*>(values)[index]
+                                         : static_cast<const float*>(values)[index];
 }
 
-void write(ElementType element, void* values, double value) {
-  if (is_double(element)) {
-    *static_cast<double*>(values) = value;
+void write(ElementType element, void* values, int64_t index, double value) {
+  if (!values) return;
+  if (element == ElementType::float64) {
+    static_cast<double*>(values)[index] = value;
   } else {
-    *static_cast<float*>(values) = static_cast<float>(value);
+    static_cast<float*>(values)[index] = static_cast<float>(value);
   }
-}
-
-// Checks every target and returns what a mean divides by: the number, or the summed weight, of the rows that count.
-double checked_denominator(const CrossEntropy& problem) {
-  double total = 0;
-  for (int64_t row = 0; row < problem.rows; ++row) {
-    const int64_t label = problem.target[row];
-    if (label == problem.ignore_index) continue;
-    if (label < 0 || label >= problem.classes) {
-      throw std::out_of_range("target[" + std::to_string(row) + "] = " + std::to_string(label) +
-                              " is not one of the " + std::to_string(problem.classes) +
-                              " classes (ignore_index is " + std::to_string(problem.ignore_index) + ")");
-    }
-    total += problem.weight ? read(problem.element, problem.weight, label) : 1.0;
-  }
-  return total;
 }
 
 // Kept between calls: allocating it anew would fault its pages in every time.
 void* thread_scratch(size_t bytes) {
   thread_local std::vector<double> scratch;
-  if (scratch.size() * sizeof(double) < bytes) scratch.resize(bytes / sizeof(double) + 1);
-  return scratch.data();
+  const size_t doubles = bytes / sizeof(double) + 9;
+  if (scratch.size() < doubles) scratch.resize(doubles);
+  // On a cache line of its own, so that whole vectors never straddle two.
+  const uintptr_t start = reinterpret_cast<uintptr_t>(scratch.data());
+  return reinterpret_cast<void*>((start + 63) & ~uintptr_t{63});
 }
 
 size_t scratch_bytes(int64_t classes) {
-  // Three doubles a block and a float a class (see rows.inl); block size as in the widest case.
-  return (static_cast<size_t>(classes) / 2048 + 1) * 3 * sizeof(double) + static_cast<size_t>(classes) * sizeof(double);
-}
-
-void run_all_rows(const CrossEntropy& problem, double scale, void* losses) {
-  parallel_for(problem.rows, rows_per_task(problem.classes), [&](int64_t begin, int64_t end) {
-    HE_DISPATCH(run_rows, problem, begin, end, scale, losses, thread_scratch(scratch_bytes(problem.classes)));
-  });
+  const size_t count = static_cast<size_t>(classes);
+  return (count / 2048 + 1) * 2 * sizeof(double) + count * sizeof(double) + 64;  // see rows.inl
 }
 
 }  // namespace
 
-void cross_entropy(const CrossEntropy& problem) {
-  const double denominator = checked_denominator(problem);
-  if (problem.reduction == Reduction::none) return run_all_rows(problem, 1.0, problem.loss);
+void cross_entropy(const CrossEntropy& problem, const Incoming& incoming, void* loss, void* lse) {
+  parallel_for(problem.rows, rows_per_task(problem.classes), [&](int64_t begin, int64_t end) {
+    void* const scratch = thread_scratch(scratch_bytes(problem.classes));
+    for (int64_t row = begin; row < end; ++row) {
+      const double by_loss = incoming.loss ? read(problem.element, incoming.loss, row * incoming.loss_stride) : 1.0;
+      const double by_lse = incoming.lse ? read(problem.element, incoming.lse, row) : 0.0;
+      const RowResult result = HE_DISPATCH(run_row, problem, row, by_loss, by_lse, scratch);
+      write(problem.element, loss, row, result.loss);
+      write(problem.element, lse, row, result.lse);
+    }
+  });
+}
 
-  const bool mean = problem.reduction == Reduction::mean;
-  const bool empty = mean && denominator == 0.0;
-  // Over nothing the gradient is 0, also where the loss is NaN: such a batch must not destroy the weights.
-  const double scale = empty ? 0.0 : mean ? 1.0 / denominator : 1.0;
-  std::vector<double> losses(static_cast<size_t>(problem.rows));  // room enough for float or double
-  run_all_rows(problem, scale, losses.data());
-  double total = 0;  // summed in row order: the same whatever the number of threads
-  for (int64_t row = 0; row < problem.rows; ++row) total += read(problem.element, losses.data(), row);
-  const double nothing = problem.empty_is_zero ? 0.0 : std::numeric_limits<double>::quiet_NaN();
-  write(problem.element, problem.loss, empty ? nothing : total * scale);
+LabelTotals label_totals(ElementType element, const int64_t* target, const void* weight, int64_t rows, int64_t classes,
+                         int64_t ignore_index) {
+  LabelTotals totals{0, 0.0};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t label = target[row];
+    if (label == ignore_index) continue;
+    if (label < 0 || label >= classes) {
+      throw std::out_of_range("target[" + std::to_string(row) + "] = " + std::to_string(label) +
+                              " is not one of the " + std::to_string(classes) + " classes (ignore_index is " +
+                              std::to_string(ignore_index) + ")");
+    }
+    totals.rows += 1;
+    totals.weight += weight ? read(element, weight, label) : 1.0;
+  }
+  return totals;
 }
 
 void scale_rows(ElementType element, void* gradient, int64_t rows, int64_t classes, const void* factor,
@@ -97,6 +96,12 @@ void scale_rows(ElementType element, void* gradient, int64_t rows, int64_t class
       HE_DISPATCH(multiply_row, element, gradient, row, classes, read(element, factor, row * factor_stride));
     }
   });
+}
+
+double sum_in_order(ElementType element, const void* values, int64_t count) {
+  double total = 0;
+  for (int64_t index = 0; index < count; ++index) total += read(element, values, index);
+  return total;
 }
 
 }  // namespace hybridengine

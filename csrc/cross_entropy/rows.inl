@@ -1,180 +1,256 @@
 // Cross-entropy of single rows. Included once per instruction set by cpu.cpp.
 //
-// One exponential per element: a block of the row is exponentiated against the block's own maximum and kept; when the
-// row's maximum M and sum S are known, one multiplication per element by exp(block maximum - M) / S finishes the
-// gradient. The second pass finds the block in the cache.
+// One exponential per element: a block of the row is exponentiated against the block's own maximum and kept in scratch
+// memory, which stays in the cache; when the row's maximum M and sum S are known, one multiplication per element by
+// exp(block maximum - M) / S finishes the gradient. Two ways: `plain` rows are softmax and label alone; `shaped` ones
+// have a scale, a softcap or targets at every class, and pay for them.
 
 constexpr int64_t kBlock = 2048;
 
-struct BlockSums {
+struct Block {
   double shift;         // what was subtracted: the maximum, or 0 in a block of -inf
-  double exponentials;  // sum of exp(x - shift)
-  double deviations;    // sum of x - shift, for smoothing only
+  double exponentials;  // sum of exp(y - shift)
 };
 
-template <class Element>
-HE_INLINE double block_maximum(const Element* logits, int64_t count) {
-  using Vector = typename Lanes<Element>::Vector;
-  constexpr int lanes = Lanes<Element>::count;
+// What a row has in itself, before any gradient comes in.
+struct Row {
+  double maximum;
+  double exponentials;  // S: sum of exp(y - maximum)
+  double dense;         // sum of the dense targets q
+  double deviations;    // sum of q (maximum - y)
+};
+
+template <class Source>
+HE_INLINE double block_maximum(const Source* values, int64_t count) {
+  using Vector = typename Lanes<Source>::Vector;
+  constexpr int lanes = Lanes<Source>::count;
   Vector best[4];
   for (Vector& lane : best) lane = splat<Vector>(-__builtin_inff());
   int64_t i = 0;
   for (; i + 4 * lanes <= count; i += 4 * lanes) {
-    for (int part = 0; part < 4; ++part) best[part] = larger(load(logits + i + part * lanes), best[part]);
+    for (int part = 0; part < 4; ++part) best[part] = larger(load(values + i + part * lanes), best[part]);
   }
   double maximum = maximum_of(larger(larger(best[0], best[1]), larger(best[2], best[3])));
   for (; i < count; ++i) {
-    const double value = to_accumulator(logits[i]);
+    const double value = to_accumulator(values[i]);
     maximum = value > maximum ? value : maximum;
   }
   return maximum;
 }
 
-template <class Element, bool kKeep, bool kSmooth>
-HE_INLINE BlockSums exponentiate_block(const Element* logits, int64_t count, Accumulator<Element>* exponentials) {
-  using Vector = typename Lanes<Element>::Vector;
-  constexpr int lanes = Lanes<Element>::count;
-  const double maximum = block_maximum(logits, count);
-  const auto shift = (Accumulator<Element>)(maximum == -__builtin_inf() ? 0.0 : maximum);
-  Vector sums[2] = {Vector{}, Vector{}};
-  Vector deviations[2] = {Vector{}, Vector{}};
-  int64_t i = 0;
-  for (; i + 2 * lanes <= count; i += 2 * lanes) {
-    for (int part = 0; part < 2; ++part) {
-      const Vector deviation = load(logits + i + part * lanes) - shift;
-      const Vector value = exp_of_nonpositive(deviation);
-      if (kKeep) store(exponentials + i + part * lanes, value);
-      if (kSmooth) deviations[part] += deviation;
-      sums[part] += value;
-    }
-  }
-  BlockSums block{shift, sum_of(sums[0] + sums[1]), kSmooth ? sum_of(deviations[0] + deviations[1]) : 0.0};
-  for (; i < count; i += lanes) {  // the tail, padded with -inf, whose exponential is 0
-    const int64_t left = count - i < lanes ? count - i : lanes;
-    Vector deviation = splat<Vector>(-__builtin_inff());
-    for (int64_t lane = 0; lane < left; ++lane) {
-      deviation[lane] = to_accumulator(logits[i + lane]) - shift;
-      if (kSmooth) block.deviations += deviation[lane];
-    }
-    const Vector value = exp_of_nonpositive(deviation);
-    if (kKeep) __builtin_memcpy(exponentials + i, &value, left * sizeof(exponentials[0]));
-    block.exponentials += sum_of(value);
-  }
-  return block;
+// exponentials[i] = exp(values[i] - maximum of the block); the two may be the same memory.
+template <class Source, bool kKeep>
+HE_INLINE Block exponentiate_block(const Source* values, int64_t count, Accumulator<Source>* exponentials) {
+  using Vector = typename Lanes<Source>::Vector;
+  const double maximum = block_maximum(values, count);
+  const auto shift = (Accumulator<Source>)(maximum == -__builtin_inf() ? 0.0 : maximum);
+  Vector sum = Vector{};
+  each_vector<Source>(count, [&](int64_t i, auto size) __attribute__((always_inline)) {
+    const Vector value = exp_of_nonpositive(load(values + i, size, -__builtin_inff()) - shift);
+    if (kKeep) store(exponentials + i, value, size);
+    sum += value;
+  });
+  return {(double)shift, sum_of(sum)};
 }
 
-struct RowSums {
-  double maximum;
-  double exponentials;  // sum of exp(x - maximum)
-  double mean;          // of the logits, for smoothing only
-};
+// y = softcap tanh(scale x / softcap), or scale x.
+template <class Vector>
+HE_INLINE Vector shaped_logit(const CrossEntropy& problem, Vector x) {
+  using Scalar = decltype(x[0] + x[0]);
+  const Vector scaled = x * (Scalar)problem.scale;
+  if (problem.softcap == 0.0) return scaled;
+  return tanh_of(scaled * (Scalar)(1.0 / problem.softcap)) * (Scalar)problem.softcap;
+}
 
-template <class Element, bool kKeep, bool kSmooth>
-HE_INLINE RowSums exponentiate_row(const Element* logits, int64_t classes, Accumulator<Element>* exponentials,
-                                   BlockSums* blocks) {
-  RowSums row{-__builtin_inf(), 0.0, 0.0};
-  double largest_shift = -__builtin_inf();
+// dy/dx
+template <class Vector>
+HE_INLINE Vector slope(const CrossEntropy& problem, Vector x) {
+  using Scalar = decltype(x[0] + x[0]);
+  if (problem.softcap == 0.0) return splat<Vector>((Scalar)problem.scale);
+  const Vector t = tanh_of(x * (Scalar)(problem.scale / problem.softcap));
+  return ((Scalar)1 - t * t) * (Scalar)problem.scale;
+}
+
+template <class Element>
+HE_INLINE double shape_one(const CrossEntropy& problem, double x) {
+  return shaped_logit(problem, splat<typename Lanes<Element>::Vector>((Accumulator<Element>)x))[0];
+}
+template <class Element>
+HE_INLINE double slope_one(const CrossEntropy& problem, double x) {
+  return slope(problem, splat<typename Lanes<Element>::Vector>((Accumulator<Element>)x))[0];
+}
+
+// The targets q at the classes from `start`, without the label's own share.
+template <class Element, class Size>
+HE_INLINE typename Lanes<Element>::Vector dense_targets(const CrossEntropy& problem, int64_t row, int64_t start, Size size) {
+  using Vector = typename Lanes<Element>::Vector;
+  using Scalar = Accumulator<Element>;
+  Vector q = splat<Vector>((Scalar)(problem.smoothing / (double)problem.classes));
+  if (problem.soft_target) {
+    const Scalar* const given = (const Scalar*)problem.soft_target + row * problem.classes + start;
+    q += load(given, size, 0.0f) * (Scalar)(1.0 - problem.smoothing);
+  }
+  return problem.weight ? q * load((const Scalar*)problem.weight + start, size, 0.0f) : q;
+}
+
+// sum of q and of q (shift - y), with y in `logits`; a class without weight contributes nothing, whatever its logit.
+template <class Element>
+HE_INLINE void add_dense(const CrossEntropy& problem, int64_t index, int64_t start, int64_t count,
+                         const Accumulator<Element>* logits, double shift, double* mass, double* deviations) {
+  using Vector = typename Lanes<Element>::Vector;
+  Vector total = Vector{}, moved = Vector{};
+  const auto narrow = (Accumulator<Element>)shift;
+  each_vector<Element>(count, [&](int64_t i, auto size) __attribute__((always_inline)) {
+    const Vector q = dense_targets<Element>(problem, index, start + i, size);
+    const Vector deviation = narrow - load(logits + i, size, narrow);
+    total += keep(q, size);
+    moved += q == 0 ? Vector{} : keep(q * deviation, size);
+  });
+  *mass = sum_of(total);
+  *deviations = sum_of(moved);
+}
+
+template <class Element, bool kKeep, bool kShaped>
+HE_INLINE Row read_row(const CrossEntropy& problem, int64_t index, const Element* logits,
+                       Accumulator<Element>* exponentials, Block* blocks) {
+  Row row{-__builtin_inf(), 0.0, 0.0, 0.0};
+  double dense_shift = 0.0;  // sum of q * shift of its block, for sum of q (maximum - y)
   int64_t block_count = 0;
-  for (int64_t start = 0; start < classes; start += kBlock) {
-    const int64_t count = classes - start < kBlock ? classes - start : kBlock;
-    const BlockSums block = exponentiate_block<Element, kKeep, kSmooth>(
-        logits + start, count, kKeep ? exponentials + start : exponentials);
+  for (int64_t start = 0; start < problem.classes; start += kBlock) {
+    const int64_t count = problem.classes - start < kBlock ? problem.classes - start : kBlock;
+    Accumulator<Element>* const kept = kKeep ? exponentials + start : exponentials;
+    Block block;
+    if constexpr (kShaped) {
+      each_vector<Element>(count, [&](int64_t i, auto size) __attribute__((always_inline)) {
+        store(kept + i, shaped_logit(problem, load(logits + start + i, size, 0.0f)), size);
+      });
+      const double maximum = block_maximum(kept, count);
+      if (problem.smoothing != 0.0 || problem.soft_target) {
+        const double shift = maximum == -__builtin_inf() ? 0.0 : maximum;
+        double mass, deviations;
+        add_dense<Element>(problem, index, start, count, kept, shift, &mass, &deviations);
+        row.dense += mass;
+        row.deviations += deviations;
+        dense_shift += mass * shift;
+      }
+      block = exponentiate_block<Accumulator<Element>, true>(kept, count, kept);
+    } else {
+      block = exponentiate_block<Element, kKeep>(logits + start, count, kept);
+    }
     blocks[block_count++] = block;
     // A block of -inf has shift 0; its sum is 0, so it must not raise the maximum of the row.
-    if (block.exponentials != 0.0 && block.shift > largest_shift) largest_shift = block.shift;
-    if (kSmooth) row.mean += block.deviations + block.shift * (double)count;
+    if (block.exponentials != 0.0 && block.shift > row.maximum) row.maximum = block.shift;
   }
-  row.maximum = largest_shift;
-  const double shift = largest_shift == -__builtin_inf() ? 0.0 : largest_shift;
+  const double shift = row.maximum == -__builtin_inf() ? 0.0 : row.maximum;
   for (int64_t b = 0; b < block_count; ++b) {
     if (blocks[b].exponentials != 0.0) row.exponentials += blocks[b].exponentials * __builtin_exp(blocks[b].shift - shift);
   }
-  row.mean /= (double)classes;
+  if (row.dense != 0.0) row.deviations += row.dense * row.maximum - dense_shift;
   return row;
 }
 
-// gradient = exponentials * factor - offset, blockwise. `exponentials` may be `gradient` itself.
-template <class Element>
-HE_INLINE void finish_gradient(const Accumulator<Element>* exponentials, Element* gradient, int64_t classes,
-                               const BlockSums* blocks, const RowSums& row, double scale, double offset) {
+// gradient = dy/dx (by_p p - by_q q), blockwise, without the label's share of q.
+template <class Element, bool kShaped>
+HE_INLINE void write_gradient(const CrossEntropy& problem, int64_t index, const Element* logits,
+                              const Accumulator<Element>* exponentials, const Block* blocks, const Row& row, double by_p,
+                              double by_q, Element* gradient) {
   using Vector = typename Lanes<Element>::Vector;
-  constexpr int lanes = Lanes<Element>::count;
-  const auto minus = (Accumulator<Element>)offset;
-  for (int64_t start = 0; start < classes; start += kBlock, ++blocks) {
-    const int64_t end = classes - start < kBlock ? classes : start + kBlock;
+  using Scalar = Accumulator<Element>;
+  const bool dense = kShaped && row.dense != 0.0;
+  for (int64_t start = 0; start < problem.classes; start += kBlock, ++blocks) {
+    const int64_t count = problem.classes - start < kBlock ? problem.classes - start : kBlock;
     const double shift = blocks->exponentials == 0.0 ? row.maximum : blocks->shift;
-    const auto factor = (Accumulator<Element>)(scale * __builtin_exp(shift - row.maximum) / row.exponentials);
-    int64_t i = start;
-    for (; i + lanes <= end; i += lanes) store(gradient + i, (Vector)(load(exponentials + i) * factor - minus));
-    for (; i < end; ++i) store_one(gradient + i, exponentials[i] * factor - minus);
+    const auto factor = (Scalar)(by_p * __builtin_exp(shift - row.maximum) / row.exponentials);
+    if constexpr (!kShaped && sizeof(Element) == 4) {
+      const int64_t head = ((64 - ((uintptr_t)(gradient + start) & 63)) & 63) / 4;
+      for (int64_t i = 0; i < head && i < count; ++i) store_one(gradient + start + i, exponentials[start + i] * factor);
+      int64_t i = head;
+      for (; i + kFloatLanes <= count; i += kFloatLanes) stream(gradient + start + i, load(exponentials + start + i) * factor);
+      for (; i < count; ++i) store_one(gradient + start + i, exponentials[start + i] * factor);
+      continue;
+    }
+    each_vector<Element>(count, [&](int64_t i, auto size) __attribute__((always_inline)) {
+      const int64_t at = start + i;
+      Vector value = load(exponentials + at, size, 0.0f) * factor;
+      if constexpr (kShaped) {
+        if (dense) value -= dense_targets<Element>(problem, index, at, size) * (Scalar)by_q;
+        value *= slope(problem, load(logits + at, size, 0.0f));
+      }
+      store(gradient + at, value, size);
+    });
   }
 }
 
-template <class Element, bool kGradient, bool kSmooth>
-static void run_row(const CrossEntropy& problem, int64_t index, double scale, Accumulator<Element>* loss, void* scratch) {
+template <class Element, bool kGradient, bool kShaped>
+HE_INLINE RowResult finish_row(const CrossEntropy& problem, int64_t index, double by_loss, double by_lse, void* scratch) {
+  using Scalar = Accumulator<Element>;
   const int64_t classes = problem.classes;
-  const int64_t label = problem.target[index];
+  const int64_t label = problem.target ? problem.target[index] : -1;
   const Element* const logits = (const Element*)problem.logits + index * problem.row_stride;
-  Element* const gradient = kGradient ? (Element*)problem.gradient + index * classes : nullptr;
-  if (label == problem.ignore_index || scale == 0.0) {
+  Element* const gradient = kGradient ? (Element*)problem.gradient + index * problem.gradient_stride : nullptr;
+  if (problem.target && label == problem.ignore_index) {
     // An ignored row contributes nothing, whatever it holds, NaN included.
-    *loss = 0;
     if constexpr (kGradient) __builtin_memset((void*)gradient, 0, classes * sizeof(Element));
-    return;
+    return {0.0, 0.0};
   }
-  BlockSums* const blocks = (BlockSums*)scratch;
-  auto* exponentials = (Accumulator<Element>*)(blocks + (classes + kBlock - 1) / kBlock);
-  // Where the gradient has the accumulator's type it can hold the exponentials itself.
-  if constexpr (kGradient && sizeof(Element) == sizeof(Accumulator<Element>)) exponentials = (Accumulator<Element>*)gradient;
-  const RowSums row = exponentiate_row<Element, kGradient, kSmooth>(logits, classes, exponentials, blocks);
+  Block* const blocks = (Block*)scratch;
+  const int64_t block_bytes = ((classes + kBlock - 1) / kBlock * (int64_t)sizeof(Block) + 63) & ~(int64_t)63;
+  Scalar* const exponentials = (Scalar*)((char*)scratch + block_bytes);
+  // The label's logit is read before the gradient may overwrite it.
+  const double label_raw = label < 0 ? 0.0 : (double)to_accumulator(logits[label]);
+  const double label_logit = kShaped ? shape_one<Element>(problem, label_raw) : label_raw;
+  const Row row = read_row<Element, kGradient, kShaped>(problem, index, logits, exponentials, blocks);
 
-  const double label_weight = problem.weight ? (double)((const Accumulator<Element>*)problem.weight)[label] : 1.0;
-  const double hard = (1.0 - problem.smoothing) * label_weight;
-  const double soft = kSmooth ? problem.smoothing : 0.0;
+  const double label_weight = label >= 0 && problem.weight ? (double)((const Scalar*)problem.weight)[label] : 1.0;
+  const double hard = label < 0 ? 0.0 : (1.0 - problem.smoothing) * label_weight;
   const double log_sum = __builtin_log(row.exponentials);
-  const double label_logit = to_accumulator(logits[label]);
-  // (M - x) + log S, not logsumexp - x: for logits around 1e30 the latter would be 0.
-  double value = hard * ((row.maximum - label_logit) + log_sum);
-  if (kSmooth) value += soft * ((row.maximum - row.mean) + log_sum);
-  *loss = (Accumulator<Element>)value;
+  const double lse = row.maximum + log_sum;
+  // (M - y) + log S, not lse - y: for logits around 1e30 the latter would be 0.
+  double loss = label < 0 ? 0.0 : hard * ((row.maximum - label_logit) + log_sum);
+  if (kShaped && row.dense != 0.0) loss += row.deviations + row.dense * log_sum;
   if constexpr (kGradient) {
-    const double uniform = soft / (double)classes;
-    finish_gradient<Element>(exponentials, gradient, classes, blocks, row, scale * (hard + soft), scale * uniform);
+    const double by_q = by_loss * problem.loss_factor;
+    const double by_p = by_q * (hard + row.dense) + by_loss * (2.0 * problem.z_factor * problem.z_loss) * lse + by_lse;
     // The label's own entry is p - 1: formed in double, rounded once.
     const double probability = __builtin_exp(label_logit - row.maximum) / row.exponentials;
-    store_one(gradient + label, scale * ((hard + soft) * probability - uniform - hard));
+    const double label_slope = kShaped ? slope_one<Element>(problem, label_raw) : 1.0;
+    double uniform = 0.0;
+    if (kShaped && row.dense != 0.0) uniform = problem.smoothing / (double)classes * label_weight;
+    write_gradient<Element, kShaped>(problem, index, logits, exponentials, blocks, row, by_p, by_q, gradient);
+    if (label >= 0) store_one(gradient + label, label_slope * (by_p * probability - by_q * (hard + uniform)));
   }
+  return {problem.loss_factor * loss + problem.z_factor * problem.z_loss * lse * lse, lse};
 }
 
 template <class Element>
-static void run_rows_of(const CrossEntropy& problem, int64_t begin, int64_t end, double scale, void* losses, void* scratch) {
-  const bool smooth = problem.smoothing != 0.0;
-  auto* const run = problem.gradient ? (smooth ? run_row<Element, true, true> : run_row<Element, true, false>)
-                                     : (smooth ? run_row<Element, false, true> : run_row<Element, false, false>);
-  for (int64_t index = begin; index < end; ++index) {
-    run(problem, index, scale, (Accumulator<Element>*)losses + index, scratch);
+static RowResult run_row_of(const CrossEntropy& problem, int64_t index, double by_loss, double by_lse, void* scratch) {
+  const bool shaped = problem.scale != 1.0 || problem.softcap != 0.0 || problem.smoothing != 0.0 || problem.soft_target;
+  if (problem.gradient) {
+    return shaped ? finish_row<Element, true, true>(problem, index, by_loss, by_lse, scratch)
+                  : finish_row<Element, true, false>(problem, index, by_loss, by_lse, scratch);
   }
+  return shaped ? finish_row<Element, false, true>(problem, index, by_loss, by_lse, scratch)
+                : finish_row<Element, false, false>(problem, index, by_loss, by_lse, scratch);
 }
 
-static void run_rows(const CrossEntropy& problem, int64_t begin, int64_t end, double scale, void* losses, void* scratch) {
+static RowResult run_row(const CrossEntropy& problem, int64_t index, double by_loss, double by_lse, void* scratch) {
   switch (problem.element) {
     case ElementType::float32:
-      return run_rows_of<float>(problem, begin, end, scale, losses, scratch);
+      return run_row_of<float>(problem, index, by_loss, by_lse, scratch);
     case ElementType::bfloat16:
-      return run_rows_of<Bf16>(problem, begin, end, scale, losses, scratch);
-    case ElementType::float64:
-      return run_rows_of<double>(problem, begin, end, scale, losses, scratch);
+      return run_row_of<Bf16>(problem, index, by_loss, by_lse, scratch);
+    default:
+      return run_row_of<double>(problem, index, by_loss, by_lse, scratch);
   }
 }
 
 template <class Element>
 static void multiply_row_of(Element* row, int64_t count, double factor) {
   using Vector = typename Lanes<Element>::Vector;
-  constexpr int lanes = Lanes<Element>::count;
   const auto narrow = (Accumulator<Element>)factor;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(row + i, (Vector)(load(row + i) * narrow));
-  for (; i < count; ++i) store_one(row + i, to_accumulator(row[i]) * narrow);
+  each_vector<Element>(count, [&](int64_t i, auto size) __attribute__((always_inline)) {
+    store(row + i, (Vector)(load(row + i, size, 0.0f) * narrow), size);
+  });
 }
 
 static void multiply_row(ElementType element, void* gradient, int64_t index, int64_t classes, double factor) {

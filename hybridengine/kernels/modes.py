@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["differentiated_again", "forward_mode", "why_not_transformed"]
+__all__ = ["differentiated_again", "forward_mode", "is_transformed", "why_not_transformed"]
 
 
 def forward_mode() -> bool:
@@ -16,6 +16,11 @@ def forward_mode() -> bool:
     in forward mode everything is plain torch.
     """
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether `tensor` only stands for another one, inside torch.func or a batched backward (`is_grads_batched`)."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch._C._has_storage(tensor)
 
 
 def why_not_transformed(*tensors: Tensor) -> str | None:

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from hybridengine.errors import KernelUnavailable
 
-__all__ = ["ELEMENT_TYPES", "NativeModule", "accumulator_dtype", "empty", "module", "set_isa", "why_missing"]
+__all__ = [
+    "ELEMENT_TYPES",
+    "NativeModule",
+    "accumulator_dtype",
+    "empty",
+    "module",
+    "scale_rows",
+    "set_isa",
+    "why_missing",
+]
 
 # The numbers of `ElementType` in csrc/common/element.h.
 ELEMENT_TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -30,21 +39,24 @@ class NativeModule(Protocol):
 
     def cross_entropy(
         self,
-        element: int,
-        logits: int,
-        row_stride: int,
-        target: int,
-        weight: int,
-        rows: int,
-        classes: int,
-        ignore_index: int,
-        smoothing: float,
-        reduction: int,
-        empty_is_zero: bool,
-        loss: int,
+        logits: tuple[int, int, int, int, int],
+        targets: tuple[int, int, int, int],
+        shape: tuple[float, float, float, float, float, float],
         gradient: int,
+        gradient_stride: int,
+        by_loss: int,
+        by_loss_stride: int,
+        by_lse: int,
+        loss: int,
+        lse: int,
         /,
     ) -> None: ...
+
+    def label_totals(
+        self, element: int, target: int, weight: int, rows: int, classes: int, ignore_index: int, /
+    ) -> tuple[int, float]: ...
+
+    def sum_in_order(self, element: int, values: int, count: int, /) -> float: ...
 
     def scale_rows(
         self, element: int, gradient: int, rows: int, classes: int, factor: int, factor_stride: int, /
@@ -156,3 +168,17 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if _module is None or not _pool_is_on or size < _SMALLEST_POOLED_BYTES:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(_module.Buffer(size), dtype=dtype, count=count).view(shape)
+
+
+def scale_rows(matrix: Tensor, factor: Tensor) -> None:
+    """Multiply the rows of `matrix` [N, V], contiguous, by `factor` (a scalar or [N]) in place.
+
+    On a CPU nothing is touched where every factor is 1.
+    """
+    if matrix.device.type != "cpu" or matrix.dtype not in ELEMENT_TYPES:
+        matrix.mul_(factor.unsqueeze(-1) if factor.dim() else factor)
+        return
+    factor = factor.to(accumulator_dtype(matrix.dtype))
+    rows, classes = matrix.shape
+    stride = factor.stride(0) if factor.dim() else 0
+    module().scale_rows(ELEMENT_TYPES[matrix.dtype], matrix.data_ptr(), rows, classes, factor.data_ptr(), stride)

@@ -1,7 +1,8 @@
-"""The operator's schema and its derivatives of every order, whatever implementation the operator has on a device.
+"""The operators and their derivatives of every order, whatever implementation runs them.
 
-The operator returns the loss together with its *unit gradient*: d loss / d logits for an incoming gradient of 1 (for
-"none" each row's own). First-order training multiplies that by the incoming gradient, in place, and gives it away. All
+`cross_entropy` returns loss, log-sum-exps and, if wanted, the *unit gradient*: d loss / d logits for an incoming
+gradient of 1 (for "none" each row's own). First-order training multiplies that by the incoming gradient, in place, and
+gives it away. A gradient that comes in for the log-sum-exps, and a second backward, run `cross_entropy_backward`. All
 else (create_graph, torch.func) goes through `_Gradient`, whose derivatives are plain torch: they have derivatives too.
 """
 
@@ -13,28 +14,36 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native, operators
-from hybridengine.kernels.cross_entropy.derivatives import Options, denominator, hessian_times, unit_gradient
-from hybridengine.kernels.modes import forward_mode
+from hybridengine.kernels.cross_entropy.derivatives import Problem, gradient, second_derivative
+from hybridengine.kernels.cross_entropy.options import REDUCTIONS, SCHEMA, Options
+from hybridengine.kernels.modes import forward_mode, is_transformed
 
-__all__ = ["REDUCTIONS", "run_operator"]
+__all__ = ["run_operator"]
 
-REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # the numbers of `Reduction` in csrc/cross_entropy/cross_entropy.h
+_OPTIONS = len(Options._fields)
 
 
-def _fake(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore: int, smoothing: float, reduction: int, *rest: bool
-) -> tuple[Tensor, Tensor]:
-    rows, classes = logits.shape
-    loss = logits.new_empty(
-        (rows,) if reduction == REDUCTIONS["none"] else (), dtype=native.accumulator_dtype(logits.dtype)
-    )
-    return loss, logits.new_empty((rows, classes) if rest[-1] else (0,))
+def _fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, want_gradient = Options(*options[:_OPTIONS]).reduction, options[_OPTIONS]
+    lse = logits.new_empty((logits.shape[0],), dtype=native.accumulator_dtype(logits.dtype))
+    loss = torch.empty_like(lse) if reduction == REDUCTIONS["none"] else lse.new_empty(())
+    return loss, lse, logits.new_empty(logits.shape if want_gradient else (0,))
 
 
 operators.define(
-    "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
-    "int reduction, bool empty_is_zero, bool want_gradient, str impl) -> (Tensor loss, Tensor gradient)",
+    f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, {SCHEMA}, bool want_gradient, str impl)"
+    " -> (Tensor loss, Tensor lse, Tensor gradient)",
     _fake,
+)
+operators.define(
+    f"cross_entropy_backward(Tensor? by_loss, Tensor? by_lse, Tensor logits, Tensor target, Tensor? weight, {SCHEMA},"
+    " str impl) -> Tensor",
+    lambda by_loss, by_lse, logits, *rest: logits.new_empty(logits.shape),
+)
+operators.define(  # the gradient is written over the logits
+    f"cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight, {SCHEMA}, str impl)"
+    " -> (Tensor loss, Tensor lse)",
+    lambda *arguments: _fake(*arguments, False)[:2],
 )
 
 
@@ -44,30 +53,40 @@ def _times_rows(matrix: Tensor, factor: Tensor) -> Tensor:
 
 
 class _Gradient(torch.autograd.Function):
-    """d loss / d logits times the incoming gradient, as a function that can itself be differentiated."""
+    """The gradient of the logits as a function that can itself be differentiated."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        grad_loss: Tensor, logits: Tensor, unit: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+        by_loss: Tensor | None,
+        by_lse: Tensor | None,
+        logits: Tensor,
+        unit: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        *options: Any,
     ) -> Tensor:
-        return _times_rows(unit, grad_loss)
+        if unit is not None and by_loss is not None and by_lse is None:
+            return _times_rows(unit, by_loss)
+        problem = Problem.of(logits, target, weight, Options(*options))
+        return gradient(by_loss, by_lse, problem).to(logits.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad_loss, logits, _, target, weight, *options = inputs
+        by_loss, by_lse, logits, _, target, weight, *options = inputs
         ctx.options = Options(*options)
-        ctx.save_for_backward(grad_loss, logits, target, weight)
+        ctx.save_for_backward(by_loss, by_lse, logits, target, weight)
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
-        grad_loss, logits, target, weight = ctx.saved_tensors
+        by_loss, by_lse, logits, target, weight = ctx.saved_tensors
         # From the logits, not from the saved unit gradient: this must depend on them for the next derivative.
-        aligned = (unit_gradient(logits, target, weight, ctx.options) * direction).sum(-1)
-        by_loss = aligned if grad_loss.dim() else aligned.sum()
-        by_logits = _times_rows(hessian_times(direction, logits, target, weight, ctx.options), grad_loss)
-        return by_loss.to(grad_loss.dtype), by_logits.to(logits.dtype), *[None] * 7
+        problem = Problem.of(logits, target, weight, ctx.options)
+        to_loss, to_lse, to_logits = second_derivative(direction, by_loss, by_lse, problem)
+        to_loss = None if to_loss is None else to_loss.to(by_loss.dtype)
+        to_lse = None if to_lse is None else to_lse.to(by_lse.dtype)
+        return to_loss, to_lse, to_logits.to(logits.dtype), *[None] * (3 + _OPTIONS)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -78,48 +97,91 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, *options: Any
-    ) -> tuple[Tensor, Tensor]:
-        loss, unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *options, want_gradient, "cpu")
-        _remember(ctx, logits, target, weight, unit, options)
-        return loss, unit
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, impl: str, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operator = torch.ops.hybridengine.cross_entropy
+        loss, lse, unit = operator(logits, target, weight, *options, want_gradient, impl)
+        _remember(ctx, logits, target, weight, unit, impl, options)
+        return loss, lse, unit
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient = None if grad_loss is None else _backward(ctx, grad_loss)
-        return gradient, *[None] * 7
+    def backward(ctx: Any, by_loss: Tensor | None, by_lse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, by_loss, by_lse), *[None] * (4 + _OPTIONS)
+
+
+class _InPlace(torch.autograd.Function):
+    """The loss whose gradient takes the place of the logits: one backward of first order, and none by the lse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, impl: str, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        loss, lse = torch.ops.hybridengine.cross_entropy_(logits.detach(), target, weight, *options, impl)
+        torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward must hear of it
+        ctx.unit, ctx.options = logits.detach(), Options(*options)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return loss, lse
+
+    @staticmethod
+    def backward(ctx: Any, by_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        rest = [None] * (3 + _OPTIONS)
+        if by_loss is None:
+            return None, *rest
+        if ctx.unit is None or torch.is_grad_enabled() or is_transformed(by_loss):
+            raise RuntimeError(
+                "cross_entropy(..., inplace=True) has overwritten its logits: it has one backward, of first order."
+                " Leave inplace out to differentiate again."
+            )
+        unit, ctx.unit = ctx.unit, None
+        native.scale_rows(unit, by_loss)
+        return unit, *rest
 
 
 def _remember(
-    ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, unit: Tensor, options: tuple[Any, ...]
+    ctx: Any,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    unit: Tensor,
+    impl: str,
+    options: tuple[Any, ...],
 ) -> None:
-    ctx.options = Options(*options)
+    ctx.options, ctx.impl = Options(*options), impl
     ctx.given_away = False
     ctx.mark_non_differentiable(unit)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, weight, unit)
 
 
-def _backward(ctx: Any, grad_loss: Tensor) -> Tensor:
-    unit: Tensor
+def _backward(ctx: Any, by_loss: Tensor | None, by_lse: Tensor | None) -> Tensor | None:
+    if by_loss is None and by_lse is None:
+        return None
     logits, target, weight, unit = ctx.saved_tensors
+    problem = (logits, target, weight)
+    ready = by_lse is None and unit.numel() == logits.numel()
     if torch.compiler.is_compiling():
-        return _times_rows(unit, grad_loss)
-    if forward_mode():
-        return _times_rows(unit_gradient(logits, target, weight, ctx.options), grad_loss).to(logits.dtype)
-    ready = unit.numel() == logits.numel() and not ctx.given_away
-    if torch.is_grad_enabled() or _is_transformed(grad_loss) or _is_transformed(logits):
-        unit = unit if ready else unit_gradient(logits, target, weight, ctx.options).to(logits.dtype)
-        differentiable: Tensor = operators.apply(
-            _Gradient, grad_loss, logits, unit.detach(), target, weight, *ctx.options
-        )
-        return differentiable
-    if not ready:
-        unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *ctx.options, True, "cpu")[1]
-    # The caller may keep the buffer as .grad and add to it: a second backward computes a new one.
-    ctx.given_away = True
-    _scale_in_place(unit, grad_loss)
-    return unit
+        if ready and by_loss is not None:
+            return _times_rows(unit, by_loss)
+    elif forward_mode():
+        return gradient(by_loss, by_lse, Problem.of(*problem, ctx.options)).to(logits.dtype)
+    else:
+        ready = ready and not ctx.given_away
+        if torch.is_grad_enabled() or any(one is not None and is_transformed(one) for one in (by_loss, by_lse, logits)):
+            known = unit if ready else None
+            differentiable: Tensor = operators.apply(
+                _Gradient, by_loss, by_lse, logits, known, target, weight, *ctx.options
+            )
+            return differentiable
+        if ready and by_loss is not None:
+            # The caller may keep the buffer as .grad and add to it: a second backward computes a new one.
+            ctx.given_away = True
+            native.scale_rows(unit, by_loss)
+            given: Tensor = unit
+            return given
+    again = torch.ops.hybridengine.cross_entropy_backward
+    result: Tensor = again(by_loss, by_lse, *problem, *ctx.options, ctx.impl)
+    return result
 
 
 class _Transformable(torch.autograd.Function):
@@ -127,91 +189,57 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, *options: Any
-    ) -> tuple[Tensor, Tensor]:
-        loss, unit = torch.ops.hybridengine.cross_entropy(logits, target, weight, *options, want_gradient, "cpu")
-        return loss, unit
+        logits: Tensor, target: Tensor, weight: Tensor | None, want_gradient: bool, impl: str, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operator = torch.ops.hybridengine.cross_entropy
+        loss, lse, unit = operator(logits, target, weight, *options, want_gradient, impl)
+        return loss, lse, unit
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, target, weight, _, *options = inputs
-        _remember(ctx, logits, target, weight, output[1], tuple(options))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        logits, target, weight, _, impl, *options = inputs
+        _remember(ctx, logits, target, weight, output[2], impl, tuple(options))
 
     backward = _CrossEntropy.backward
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        want: bool,
-        *flat_options: Any,
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        """Run a batch of B problems as one of B*N rows, then reduce each problem for itself."""
-        options = Options(*flat_options)
-        logits = _batch_first(logits, in_dims[0], info.batch_size)
-        target = _batch_first(target, in_dims[1], info.batch_size)
-        if weight is not None and in_dims[2] is not None:
-            return _one_by_one(logits, target, weight.movedim(in_dims[2], 0), options, want)
-        rows = options._replace(reduction=REDUCTIONS["none"])
-        loss, unit = operators.apply(_Transformable, logits.flatten(0, 1), target.flatten(), weight, want, *rows)
-        unit = unit.view(logits.shape) if want else unit.expand(info.batch_size, 0)
-        return _reduce_each(loss.view(target.shape), unit, target, weight, options), (0, 0)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Run the problems of a batch one after the other: a problem is a matrix of logits, large enough for that."""
+        dims = in_dims[:3]
+        problems = [
+            [_at(one, dim, index) for one, dim in zip(arguments[:3], dims, strict=True)]
+            for index in range(info.batch_size)
+        ]
+        done = [operators.apply(_Transformable, *problem, *arguments[3:]) for problem in problems]
+        return tuple(torch.stack(each) for each in zip(*done, strict=True)), (0, 0, 0)
 
 
-def _reduce_each(
-    loss: Tensor, unit: Tensor, target: Tensor, weight: Tensor | None, options: Options
+def _at(tensor: Tensor | None, dim: int | None, index: int) -> Tensor | None:
+    return tensor if tensor is None or dim is None else tensor.select(dim, index)
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    return logits.is_contiguous() and not logits.is_leaf
+
+
+def run_operator(
+    impl: str,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    want_lse: bool,
+    inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Reduce the row losses [B, N] of each problem and scale their gradients [B, N, V] (or [B, 0]) alike."""
-    if options.reduction == REDUCTIONS["none"]:
-        return loss, unit
-    loss = loss.sum(1)
-    if options.reduction == REDUCTIONS["sum"]:
-        return loss, unit
-    total = denominator(target, weight, options, loss.dtype)
-    scale = torch.where(total == 0, 0.0, 1.0 / total)
-    loss = torch.where(total == 0, 0.0 if options.empty_is_zero else float("nan"), loss * scale)
-    return loss, (unit * scale[:, None, None]).to(unit.dtype) if unit.dim() == 3 else unit
-
-
-def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-def _one_by_one(
-    logits: Tensor, target: Tensor, weight: Tensor, options: Options, want: bool
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """Run a batch of problems that differ in their class weights."""
-    done = [operators.apply(_Transformable, *one, want, *options) for one in zip(logits, target, weight, strict=True)]
-    return (torch.stack([loss for loss, _ in done]), torch.stack([unit for _, unit in done])), (0, 0)
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether `tensor` only stands for another one, inside torch.func or a batched backward (`is_grads_batched`)."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch._C._has_storage(tensor)
-
-
-def _scale_in_place(unit: Tensor, factor: Tensor) -> None:
-    """Multiply the rows of `unit` by `factor` (a scalar or [N]); free where every factor is 1."""
-    factor = factor.to(native.accumulator_dtype(unit.dtype))
-    rows, classes = unit.shape
-    native.module().scale_rows(
-        native.ELEMENT_TYPES[unit.dtype],
-        unit.data_ptr(),
-        rows,
-        classes,
-        factor.data_ptr(),
-        factor.stride(0) if factor.dim() else 0,
-    )
-
-
-def run_operator(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """Return the loss through the operator of the logits' device."""
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Return loss and log-sum-exps [N] through the operators."""
+    compiling = torch.compiler.is_compiling()
+    transformed = not compiling and torch._C._are_functorch_transforms_active()
     # A batched tensor hides whether a gradient of it is wanted: assume so.
-    want_gradient = torch.is_grad_enabled() and (transformed or logits.requires_grad)
+    wanted = torch.is_grad_enabled() and (transformed or logits.requires_grad)
+    if inplace and wanted and not want_lse and not transformed and not compiling and _may_overwrite(logits):
+        result: tuple[Tensor, Tensor] = operators.apply(_InPlace, logits, target, weight, impl, *options)
+        return result
     function = _Transformable if transformed else _CrossEntropy
-    loss: Tensor = operators.apply(function, logits, target, weight, want_gradient, *options)[0]
-    return loss
+    # Where a gradient may come in for the lse, the whole gradient is left to one pass of the backward.
+    loss, lse, _ = operators.apply(function, logits, target, weight, wanted and not want_lse, impl, *options)
+    return loss, lse

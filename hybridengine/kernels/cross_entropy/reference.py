@@ -1,14 +1,25 @@
 """The specification of cross-entropy, in plain torch.
 
-With x = logits in float32 (float64 for float64), p = softmax(x), a row's label t, class weights w (1 if none) and
-smoothing e, a row that is not ignored has the loss
+For a row x of V logits, in float32 (float64 for float64 logits):
 
-    l = (1 - e) w_t (-log p_t) + (e / V) sum_j w_j (-log p_j)
+    y = c tanh(k x / c)  with scale k and softcap c, or k x without a softcap;      lse = log sum_j exp(y_j)
+    p = exp(y - lse);       q_j = w_j ((1 - e) [j = t] + e / V)  for a label t, class weights w (1 if none), smoothing e
+                            q_j = w_j ((1 - e) t_j + e / V)      for probabilities t
 
-and an ignored row 0. "sum" adds the rows, "mean" divides that by the summed w_t of the rows that count. The gradient
-of a row is
+    loss = sum_j q_j (lse - y_j) + z lse^2;       d loss / d x_j = dy_j/dx_j ((h + 2 z lse) p_j - q_j),  h = sum_j q_j
 
-    dl/dx_j = c p_j - (1 - e) w_t [j = t] - (e / V) w_j        with c = (1 - e) w_t + (e / V) sum_j w_j
+A class with q_j = 0 adds nothing, whatever its logit. A row whose label is `ignore_index` has loss 0, lse 0 and
+gradient 0, whatever it holds. "sum" adds the rows. "mean" divides the sum of the first term by the summed w_t of the
+rows that count (by their number for probabilities), the z term by their number; over nothing it is NaN, or 0 if asked
+for, and its gradient 0.
+
+Edges, the same in every implementation (NaN = loss, lse and gradient are NaN):
+
+    +inf or NaN among the logits, or all -inf     NaN
+    one class at -inf                             p = 0 there; the loss is +inf if q > 0 there
+    all -1e30                                     an ordinary row of equal logits
+    V = 1                                         loss 0, gradient 0
+    N = 0, or every row ignored                   "sum" 0, "mean" as above
 """
 
 from __future__ import annotations
@@ -18,51 +29,91 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hybridengine.kernels import native
+from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, factors, is_soft
 from hybridengine.kernels.dispatch import record
-from hybridengine.kernels.native import accumulator_dtype
+from hybridengine.kernels.modes import is_transformed
 
-__all__ = ["run"]
+__all__ = ["capped", "log_probabilities", "run"]
 
 _torch_cross_entropy: Callable[..., Tensor] = torch._C._nn.cross_entropy_loss
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the numbers of torch.nn._reduction
 
 
 def run(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    empty: str,
-) -> Tensor:
-    """Return the loss; arguments as in `cross_entropy`."""
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss and, if wanted, each row's log-sum-exp; arguments as in `cross_entropy`."""
     record("cross_entropy", "reference")
-    dtype = accumulator_dtype(logits.dtype)
-    if logits.dtype != dtype:
-        logits = logits.to(dtype)
-    if weight is not None:
-        weight = weight.to(dtype)
-    zero_if_empty = reduction == "mean" and empty == "zero"
-    torch_reduction = _REDUCTIONS["sum" if zero_if_empty else reduction]
-    try:
-        # What torch.nn.functional.cross_entropy calls after choosing this number; small losses feel the difference.
-        loss = _torch_cross_entropy(logits, target, weight, torch_reduction, ignore_index, label_smoothing)
-    except IndexError as error:
-        raise IndexError(_describe_bad_label(target, logits.shape[1], ignore_index)) from error
-    if not zero_if_empty:
-        return loss
-    counted = target != ignore_index
-    if weight is None:
-        total = counted.sum().to(dtype)
+    dtype = native.accumulator_dtype(logits.dtype)
+    x = logits if logits.dtype == dtype else logits.to(dtype)
+    w = weight if weight is None or weight.dtype == dtype else weight.to(dtype)
+    if not is_soft(target):
+        if may_ignore(target, x.shape[-1], options.ignore_index):
+            # 0 * NaN would be NaN in every derivative.
+            x = x.masked_fill((target == options.ignore_index).unsqueeze(-1), 0)
+        if options.is_plain and not want_lse and (w is None or options.label_smoothing == 0.0):
+            return _torchs_own(x, target, w, options), None
+    return _in_full(x, target, w, options)
+
+
+def capped(x: Tensor, options: Options) -> Tensor:
+    """Return the logits with scale and softcap."""
+    y = x * options.scale if options.scale != 1.0 else x
+    return torch.tanh(y / options.softcap) * options.softcap if options.softcap else y
+
+
+def log_probabilities(x: Tensor, options: Options) -> Tensor:
+    """Return log p. `log_softmax` subtracts the maximum first: lse - y would be 0 for logits around 1e30."""
+    return torch.log_softmax(capped(x, options), -1)
+
+
+def _torchs_own(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    """What `torch.nn.functional.cross_entropy` calls after its checks; small losses feel the difference."""
+    zero_if_empty = options.reduction == REDUCTIONS["mean"] and options.empty_is_zero
+    reduction = REDUCTIONS["sum"] if zero_if_empty else options.reduction
+    loss = _torch_cross_entropy(x, target, weight, reduction, options.ignore_index, options.label_smoothing)
+    return loss * factors(x, target, weight, options)[0] if zero_if_empty else loss
+
+
+def _in_full(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    uniform = options.label_smoothing / x.shape[-1]
+    surprise = -log_probabilities(x, options)
+    lse = torch.logsumexp(capped(x, options), -1)
+    w = x.new_ones(x.shape[-1]) if weight is None else weight
+    if is_soft(target):
+        rows = _expected(surprise, ((1 - options.label_smoothing) * target.to(x.dtype) + uniform) * w)
     else:
-        total = torch.where(counted, weight[target.masked_fill(~counted, 0)], 0).sum()
-    return loss / torch.where(total == 0, torch.ones_like(total), total)
+        counted = target != options.ignore_index
+        label = target.masked_fill(~counted, 0)
+        rows = (1 - options.label_smoothing) * w[label] * surprise.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+        if uniform:
+            rows = rows + _expected(surprise, uniform * w)
+        rows, lse = torch.where(counted, rows, 0), torch.where(counted, lse, 0)
+    by_loss, by_z, nothing = factors(x, target, weight, options)
+    rows = rows * by_loss + options.z_loss * by_z * lse.square() if options.z_loss else rows * by_loss
+    return rows if options.reduction == REDUCTIONS["none"] else rows.sum() + nothing, lse
 
 
-def _describe_bad_label(target: Tensor, classes: int, ignore_index: int) -> str:
-    """Say which label is out of range, in the native kernels' words."""
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    row = int(bad.nonzero()[0]) if bool(bad.any()) else -1
-    label = int(target[row]) if row >= 0 else 0
-    return f"target[{row}] = {label} is not one of the {classes} classes (ignore_index is {ignore_index})"
+def _expected(surprise: Tensor, q: Tensor) -> Tensor:
+    return torch.where(q == 0, 0, q * surprise).sum(-1)
+
+
+def may_ignore(target: Tensor, classes: int, ignore_index: int) -> bool:
+    """Whether a row may be ignored; on a CPU that is looked up, and every label checked.
+
+    Raises:
+        IndexError: for a label that is neither a class nor `ignore_index`.
+    """
+    if torch.compiler.is_compiling() or target.device.type != "cpu" or is_transformed(target):
+        return True
+    if native.why_missing() is None and target.is_contiguous():
+        counted = native.module().label_totals(0, target.data_ptr(), 0, len(target), classes, ignore_index)[0]
+        return counted < len(target)
+    ignored = target == ignore_index
+    bad = ~ignored & ((target < 0) | (target >= classes))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target[{row}] = {int(target[row])} is not one of the {classes} classes (ignore_index is {ignore_index})"
+        )
+    return bool(ignored.any())

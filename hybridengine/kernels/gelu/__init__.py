@@ -19,8 +19,9 @@ OPERATION = Operation(
 def gelu(x: Tensor, *, impl: str | None = None) -> Tensor:
     """Return x Phi(x), Phi being the distribution function of the standard normal. Differentiable any number of times.
 
-    The native kernel is within 2 eps |x| of the exact value, and its gradient within 3 eps of the incoming one. Infinity
-    gives infinity, minus infinity and NaN give NaN, and all three the gradient NaN. The bits do not depend on the number of threads.
+    The native kernel is within 2 eps |x| of the exact value, and its gradient within 3 eps of the incoming one.
+    Infinity gives infinity, minus infinity and NaN give NaN, and all three the gradient NaN. The bits do not depend on
+    the number of threads.
 
     Args:
         x: any shape, floating; natively float32 and contiguous.

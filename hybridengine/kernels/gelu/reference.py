@@ -2,7 +2,8 @@
 
 The value is x Phi(x), its derivative Phi(x) + x phi(x), where Phi(x) = (1 + erf(x / sqrt 2)) / 2 is the distribution
 function of the standard normal and phi(x) = exp(-x^2/2) / sqrt(2 pi) its density. Infinity has the value infinity;
-NaN and minus infinity have the value NaN, and all three the derivative NaN (torch's AVX-512 kernel has NaN at infinity, too).
+NaN and minus infinity have the value NaN, and all three the derivative NaN. (Torch's AVX-512 kernel has NaN at
+infinity, too.)
 """
 
 from __future__ import annotations
