@@ -14,7 +14,7 @@ from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, is_s
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.modes import forward_mode
 
-__all__ = ["Factors", "check_labels", "launch", "run", "why_missing", "why_not", "why_slower"]
+__all__ = ["Factors", "check_labels", "launch", "reduced", "run", "why_missing", "why_not", "why_slower"]
 
 why_missing = native.why_missing
 run = partial(run_operator, "cpu")
@@ -145,7 +145,8 @@ def _ready(
     return logits, target, weight, check_labels(target, weight, logits.shape[1], options, element)
 
 
-def _reduced(rows: Tensor, options: Options, factors: Factors) -> Tensor:
+def reduced(rows: Tensor, options: Options, factors: Factors) -> Tensor:
+    """Return the loss of row losses [N]; they hold their factors already."""
     if options.reduction == REDUCTIONS["none"]:
         return rows
     if factors.empty:
@@ -174,7 +175,7 @@ def _run(
     rows = torch.empty(len(logits), dtype=native.accumulator_dtype(logits.dtype))
     lse = torch.empty_like(rows)
     launch(logits, target, weight, options, factors, loss=rows, lse=lse, gradient=gradient)
-    return _reduced(rows, options, factors), lse
+    return reduced(rows, options, factors), lse
 
 
 def _backward(

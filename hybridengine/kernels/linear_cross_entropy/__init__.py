@@ -1,0 +1,211 @@
+"""The head of a language model and its cross-entropy in one: the logits of all rows never exist."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from hybridengine.kernels.cross_entropy.options import EMPTY, REDUCTIONS, Options, is_soft
+from hybridengine.kernels.dispatch import Implementation, Operation
+from hybridengine.kernels.linear_cross_entropy import cpu, reference
+from hybridengine.kernels.linear_cross_entropy.chunks import rows_per_chunk
+from hybridengine.kernels.linear_cross_entropy.rows import Head
+
+__all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy"]
+
+
+def _run_reference(head: Head, options: Options, want_lse: bool, chunk_rows: int) -> tuple[Tensor, Tensor | None]:
+    return reference.run(*head, options, want_lse)
+
+
+OPERATION = Operation(
+    "linear_cross_entropy",
+    Implementation("cpu", cpu.run, cpu.why_missing, cpu.why_not, cpu.why_slower),
+    Implementation("reference", _run_reference),
+)
+
+Reduction = Literal["none", "sum", "mean"]
+Empty = Literal["nan", "zero"]
+
+
+@overload
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    empty: Empty = "nan",
+    return_lse: Literal[False] = False,
+    chunk_rows: int | None = None,
+    impl: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    empty: Empty = "nan",
+    return_lse: Literal[True],
+    chunk_rows: int | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    empty: Empty = "nan",
+    return_lse: bool = False,
+    chunk_rows: int | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return `cross_entropy(x @ weight.T + bias, target)` from a few rows of logits at a time.
+
+    Options, edges and loss dtype are those of `cross_entropy`. Rows to be ignored cost nothing; a frozen head costs no
+    gradient of the head, a frozen `x` none of `x`. Half precision is multiplied and summed in float32, also under
+    autocast, and every gradient rounded once. Differentiable any number of times, the second one also in chunks; under
+    `torch.func` and in forward mode the automatic choice is the reference, which holds all logits.
+
+    Args:
+        x: [..., H], hidden states.
+        weight: [V, H], the head.
+        target: labels [...], int64, or probabilities [..., V].
+        bias: [V].
+        class_weight: [V], a factor for each class.
+        ignore_index, label_smoothing, reduction, z_loss, softcap, scale, empty, return_lse: as in `cross_entropy`.
+        chunk_rows: rows of logits at a time instead of the automatic number (`chunks.py`).
+        impl: one of the names of `kernels.explain()` instead of the automatic choice.
+
+    Returns:
+        The loss, or (loss, lse); "none" and lse have the shape [...].
+
+    Raises:
+        IndexError: for a label that is neither a class nor `ignore_index`; names row, label and number of classes.
+        KernelUnavailable: if `impl` cannot run these arguments.
+        ValueError: for a wrong shape or an option out of range.
+    """
+    if reduction not in REDUCTIONS or empty not in EMPTY:
+        raise ValueError(f"reduction={reduction!r} must be 'mean', 'sum' or 'none', empty={empty!r} 'nan' or 'zero'")
+    if not 0.0 <= label_smoothing <= 1.0 or not (softcap is None or softcap > 0.0):
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1], softcap={softcap} above 0")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    head = _as_rows(x, weight, bias, target, class_weight)
+    options = Options(
+        ignore_index, label_smoothing, scale, softcap or 0.0, z_loss, REDUCTIONS[reduction], empty == "zero"
+    )
+    chosen = OPERATION.choose(impl, head, options)
+    size = chunk_rows or rows_per_chunk(len(head.x), len(weight), x.device, weight.dtype)
+    loss, lse = chosen.run(head, options, return_lse, size)
+    shape = x.shape[:-1]
+    loss = loss.view(shape) if loss.dim() else loss
+    return (loss, lse.view(shape)) if return_lse else loss
+
+
+def _as_rows(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None) -> Head:
+    soft = is_soft(target)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"expected x [..., H] and weight [V, H], got {tuple(x.shape)} and {tuple(weight.shape)}")
+    classes = len(weight)
+    expected = (*x.shape[:-1], classes) if soft else x.shape[:-1]
+    if target.shape != expected or not (soft or target.dtype == torch.int64):
+        raise ValueError(
+            f"expected a target of shape {tuple(x.shape[:-1])} (int64) or {(*x.shape[:-1], classes)} (floating) for x "
+            f"{tuple(x.shape)}, got {tuple(target.shape)} {target.dtype}"
+        )
+    for name, one in (("bias", bias), ("class_weight", class_weight)):
+        if one is not None and one.shape != (classes,):
+            raise ValueError(f"expected {name} [{classes}], one for each class, got {tuple(one.shape)}")
+    rows = x.reshape(-1, x.shape[-1])
+    return Head(rows, weight, bias, target.reshape(len(rows), -1) if soft else target.reshape(-1), class_weight)
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """A head of its own with `linear_cross_entropy` as its loss: `forward(x, target)`.
+
+    Args:
+        in_features: H.
+        num_classes: V.
+        bias: whether the head has one.
+        class_weight: [V].
+        device, dtype: of the parameters.
+        ignore_index, label_smoothing, reduction, z_loss, softcap, scale, empty: as in the function.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        class_weight: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        scale: float = 1.0,
+        empty: Empty = "nan",
+    ) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("class_weight", class_weight)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction: Reduction = reduction
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.scale = scale
+        self.empty: Empty = empty
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of `x` [..., H] against `target`."""
+        return linear_cross_entropy(
+            x,
+            self.linear.weight,
+            target,
+            bias=self.linear.bias,
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            scale=self.scale,
+            empty=self.empty,
+        )

@@ -1,0 +1,155 @@
+"""Loss and gradients from a few rows of logits at a time, in one pass over the rows.
+
+Each chunk is multiplied by the head, turned into its own gradient in place, and multiplied back, so that the logits of
+all rows never exist. Sums over chunks, above all the head's gradient, are kept in float32 (float64 for float64) and
+rounded once at the end: the result depends on the number of rows in a chunk only through the order of those sums.
+Half-precision tensors are widened block by block: products of bfloat16 numbers are exact in float32, while logits or
+probabilities rounded to bfloat16 would be wrong by up to 0.4%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hybridengine.kernels import native
+from hybridengine.kernels.cross_entropy.options import is_soft
+from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, RowKernel, Wanted
+
+__all__ = ["counted_rows", "run"]
+
+# Classes of a half-precision head that are widened at a time.
+_BLOCK = 4096
+
+
+def counted_rows(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Return the indices of the rows that count, or None if all do."""
+    if is_soft(target):
+        return None
+    counted = (target != ignore_index).nonzero().squeeze(-1)
+    return None if len(counted) == len(target) else counted
+
+
+def run(
+    kernel: RowKernel,
+    head: Head,
+    index: Tensor | None,
+    chunk_rows: int,
+    wanted: Wanted,
+    by_loss: Tensor | None = None,
+    by_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Return row losses [N], log-sum-exps [N] and gradients.
+
+    Args:
+        kernel: cross-entropy of a chunk.
+        head: the tensors.
+        index: the rows that count (`counted_rows`); the others get zeros and cost nothing.
+        chunk_rows: rows of logits at a time.
+        wanted: whose gradients.
+        by_loss: what comes in for the row losses, a scalar or [N]; None: 1.
+        by_lse: what comes in for the log-sum-exps, [N]; None: 0.
+    """
+    dtype = native.accumulator_dtype(head.x.dtype)
+    rows, classes = len(head.x), len(head.weight)
+    loss = torch.zeros(rows, dtype=dtype, device=head.x.device)
+    lse = torch.zeros_like(loss)
+    sums = _Sums(head, wanted, index is None, dtype)
+    for at in _chunks(rows, index, chunk_rows):
+        x, target = head.x[at].to(dtype), head.target[at].contiguous()
+        logits = _logits(x, head, sums.buffer(len(x), classes))
+        chunk_loss, chunk_lse = (torch.empty(len(x), dtype=dtype, device=x.device) for _ in range(2))
+        kernel(
+            logits,
+            target,
+            loss=chunk_loss,
+            lse=chunk_lse,
+            want_gradient=any(wanted),
+            by_loss=by_loss[at].contiguous() if by_loss is not None and by_loss.dim() else by_loss,
+            by_lse=None if by_lse is None else by_lse[at].contiguous(),
+        )
+        loss[at], lse[at] = chunk_loss, chunk_lse
+        sums.add(at, x, logits)
+    return loss, lse, sums.result()
+
+
+def _chunks(rows: int, index: Tensor | None, size: int) -> Iterator[slice | Tensor]:
+    if index is not None:
+        yield from torch.split(index, size) if len(index) else ()
+        return
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head in `dtype`: whole where it has it, otherwise block by block."""
+    if weight.dtype == dtype:
+        yield slice(None), weight
+        return
+    for start in range(0, len(weight), _BLOCK):
+        yield slice(start, start + _BLOCK), weight[start : start + _BLOCK].to(dtype)
+
+
+def _logits(x: Tensor, head: Head, out: Tensor) -> Tensor:
+    for at, block in _blocks(head.weight, x.dtype):
+        torch.mm(x, block.t(), out=out[:, at])
+    if head.bias is not None:
+        out += head.bias
+    return out
+
+
+class _Sums:
+    """The gradients while chunks are added to them, and the memory of a chunk's logits."""
+
+    def __init__(self, head: Head, wanted: Wanted, every_row: bool, dtype: torch.dtype) -> None:
+        self.head = head
+        self.dtype = dtype
+        self.chunk: Tensor | None = None
+        self.x = self.weight = self.bias = None
+        if wanted.x:
+            self.x = torch.empty_like(head.x) if every_row else torch.zeros_like(head.x)
+        if wanted.weight:
+            self.weight = _empty(tuple(head.weight.shape), dtype, head.x.device)
+        if wanted.bias:
+            self.bias = torch.zeros(len(head.weight), dtype=dtype, device=head.x.device)
+        self.started = False
+
+    def buffer(self, rows: int, classes: int) -> Tensor:
+        """Memory for a chunk's logits; the first chunk is the largest."""
+        if self.chunk is None:
+            self.chunk = _empty((rows, classes), self.dtype, self.head.x.device)
+        return self.chunk[:rows]
+
+    def add(self, at: slice | Tensor, x: Tensor, gradient: Tensor) -> None:
+        """Add what a chunk of rows `x` with the gradient of its logits contributes."""
+        if self.x is not None:
+            self.x[at] = self._of_x(gradient).to(self.x.dtype)
+        if self.weight is not None:
+            torch.addmm(self.weight, gradient.t(), x, beta=1 if self.started else 0, out=self.weight)
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+        self.started = True
+
+    def _of_x(self, gradient: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for at, block in _blocks(self.head.weight, self.dtype):
+            part = gradient[:, at]
+            total = part @ block if total is None else total.addmm_(part, block)
+        assert total is not None
+        return total
+
+    def result(self) -> Gradients:
+        """The gradients, rounded once."""
+        if self.weight is not None and not self.started:
+            self.weight.zero_()
+        return Gradients(
+            self.x,
+            None if self.weight is None else self.weight.to(self.head.weight.dtype),
+            None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype),
+        )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return native.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)

@@ -1,0 +1,119 @@
+"""Linear cross-entropy on the CPU: torch's matrix products around the native row kernel of `cross_entropy`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridengine.kernels import native, operators
+from hybridengine.kernels.cross_entropy.cpu import Factors, check_labels, launch, reduced
+from hybridengine.kernels.cross_entropy.options import Options, is_soft
+from hybridengine.kernels.dispatch import record
+from hybridengine.kernels.linear_cross_entropy import chunked
+from hybridengine.kernels.linear_cross_entropy.autograd import run_operator
+from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
+from hybridengine.kernels.modes import why_not_transformed
+
+__all__ = ["run", "why_missing", "why_not", "why_slower"]
+
+why_missing = native.why_missing
+run = partial(run_operator, "cpu")
+
+# Below, the logits of all rows are small and one product of matrices is faster than any loop.
+_FEWEST_LOGITS = 1 << 20
+
+
+def why_slower(head: Head, options: Options) -> str | None:
+    """Say why plain torch is faster for this shape."""
+    if len(head.x) * len(head.weight) < _FEWEST_LOGITS:
+        return f"fewer than {_FEWEST_LOGITS} logits: plain torch is faster"
+    return None
+
+
+def why_not(head: Head, options: Options) -> str | None:
+    """Say why these arguments cannot run here."""
+    given = [one for one in head if one is not None]
+    for tensor in given:
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device.type}, not on the CPU"
+    if any(one is not None and one.requires_grad for one in head[3:]):
+        return "a gradient of the targets or of the class weights is wanted"
+    if len(head.weight) == 0:
+        return "there are no classes"
+    return why_not_transformed(*given)
+
+
+class _Rows:
+    """The native row kernel as a `RowKernel`."""
+
+    def __init__(self, class_weight: Tensor | None, options: Options, factors: Factors) -> None:
+        self.class_weight, self.options, self.factors = class_weight, options, factors
+
+    def __call__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        loss: Tensor,
+        lse: Tensor,
+        want_gradient: bool,
+        by_loss: Tensor | None,
+        by_lse: Tensor | None,
+    ) -> None:
+        launch(
+            logits,
+            target.to(logits.dtype) if is_soft(target) else target,
+            self.class_weight,
+            self.options,
+            self.factors,
+            loss=loss,
+            lse=lse,
+            gradient=logits if want_gradient else None,
+            by_loss=by_loss,
+            by_lse=by_lse,
+        )
+
+
+def _chunks(
+    head: Head,
+    options: Options,
+    chunk_rows: int,
+    wanted: Wanted,
+    by_loss: Tensor | None = None,
+    by_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Gradients]:
+    record("linear_cross_entropy", "cpu")
+    dtype = native.accumulator_dtype(head.x.dtype)
+    class_weight = None if head.class_weight is None else head.class_weight.to(dtype).contiguous()
+    target = head.target.contiguous()
+    factors = check_labels(target, class_weight, len(head.weight), options, native.ELEMENT_TYPES[dtype])
+    rows = _Rows(class_weight, options, factors)
+    index = chunked.counted_rows(target, options.ignore_index)
+    by_loss, by_lse = (None if one is None else one.to(dtype) for one in (by_loss, by_lse))
+    with torch.autocast("cpu", enabled=False):  # its casts would round what is to be exact
+        loss, lse, gradients = chunked.run(rows, head, index, chunk_rows, wanted, by_loss, by_lse)
+    return reduced(loss, options, factors), lse, gradients
+
+
+def _present(gradients: Gradients, head: Head) -> tuple[Tensor, ...]:
+    return tuple(head.x.new_empty(0) if one is None else one for one in gradients)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    head, options, (chunk_rows, wanted) = Head(*arguments[:5]), Options(*arguments[5:-2]), arguments[-2:]
+    loss, lse, gradients = _chunks(head, options, chunk_rows, Wanted(*wanted))
+    return loss, lse, *_present(gradients, head)
+
+
+def _backward(by_loss: Tensor | None, by_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    head, options, (chunk_rows, wanted) = Head(*arguments[:5]), Options(*arguments[5:-2]), arguments[-2:]
+    if by_loss is None:
+        by_loss = torch.zeros(())
+    return _present(_chunks(head, options, chunk_rows, Wanted(*wanted), by_loss, by_lse)[2], head)
+
+
+operators.implement("linear_cross_entropy", "cpu", _forward)
+operators.implement("linear_cross_entropy_backward", "cpu", _backward)
