@@ -130,6 +130,14 @@ HE_INLINE double sum_of(Vector vector) {
   return sum;
 }
 
+// Lanes added to their neighbours in double, as many as DoubleLanes holds.
+HE_INLINE DoubleLanes widened(FloatLanes vector) {
+  NarrowFloatLanes halves[2];
+  __builtin_memcpy(halves, &vector, sizeof(vector));
+  return __builtin_convertvector(halves[0], DoubleLanes) + __builtin_convertvector(halves[1], DoubleLanes);
+}
+HE_INLINE DoubleLanes widened(DoubleLanes vector) { return vector; }
+
 // exp(x) for x <= 0, NaN kept, error about 1 ulp; 0 below the smallest normal number.
 // x = k*ln2 + r with |r| <= ln2/2: k comes from the rounding that adding 1.5*2^23 forces, ln2 is split in two so that
 // k*ln2 loses nothing (Cody and Waite), exp(r) is a polynomial.

@@ -44,13 +44,20 @@ HE_INLINE Block exponentiate_block(const Source* values, int64_t count, Accumula
   using Vector = typename Lanes<Source>::Vector;
   const double maximum = block_maximum(values, count);
   const auto shift = (Accumulator<Source>)(maximum == -__builtin_inf() ? 0.0 : maximum);
-  Vector sum = Vector{};
-  each_vector<Source>(count, [&](int64_t i, auto size) __attribute__((always_inline)) {
-    const Vector value = exp_of_nonpositive(load(values + i, size, -__builtin_inff()) - shift);
-    if (kKeep) store(exponentials + i, value, size);
-    sum += value;
-  });
-  return {(double)shift, sum_of(sum)};
+  // Short sums in float, their sum in double: beside the 1 of the maximum, floats would round off the rest, which is all
+  // there is to the gradient of a confident row.
+  constexpr int64_t run = 8 * Lanes<Source>::count;
+  DoubleLanes total = DoubleLanes{};
+  for (int64_t start = 0; start < count; start += run) {
+    Vector sum = Vector{};
+    each_vector<Source>(count - start < run ? count - start : run, [&](int64_t i, auto size) __attribute__((always_inline)) {
+      const Vector value = exp_of_nonpositive(load(values + start + i, size, -__builtin_inff()) - shift);
+      if (kKeep) store(exponentials + start + i, value, size);
+      sum += value;
+    });
+    total += widened(sum);
+  }
+  return {(double)shift, sum_of(total)};
 }
 
 // y = softcap tanh(scale x / softcap), or scale x.

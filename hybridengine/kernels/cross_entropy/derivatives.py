@@ -22,7 +22,7 @@ from hybridengine.kernels.cross_entropy.options import Options, factors, is_soft
 from hybridengine.kernels.cross_entropy.reference import capped
 from hybridengine.kernels.native import accumulator_dtype
 
-__all__ = ["Problem", "gradient", "second_derivative"]
+__all__ = ["Problem", "gradient", "second_derivative", "slope_of"]
 
 
 class _Row(NamedTuple):
@@ -73,19 +73,22 @@ def _rows(problem: Problem) -> _Row:
         q = ((1.0 - options.label_smoothing) * onehot + uniform) * w
         counts = (~ignored).to(dtype)
     y = capped(x, options)
-    slope, bend = _slope_and_bend(y, options)
+    slope = slope_of(y, options)
+    bend = _bend_of(y, slope, options)
     p, lse = torch.softmax(y, -1), torch.logsumexp(y, -1, keepdim=True)
     return _Row(
         p, q, q.sum(-1, keepdim=True), lse, slope, bend, counts, problem.by_loss * counts, problem.by_z * counts
     )
 
 
-def _slope_and_bend(y: Tensor, options: Options) -> tuple[Tensor | float, Tensor | float]:
-    if not options.softcap:
-        return options.scale, 0.0
-    t = y / options.softcap
-    slope = options.scale * (1.0 - t.square())
-    return slope, (-2.0 * options.scale / options.softcap) * t * slope
+def slope_of(y: Tensor, options: Options) -> Tensor | float:
+    """Return dy/dx where scale and softcap gave the logits `y`."""
+    return options.scale * (1.0 - (y / options.softcap).square()) if options.softcap else options.scale
+
+
+def _bend_of(y: Tensor, slope: Tensor | float, options: Options) -> Tensor | float:
+    """Return the second derivative."""
+    return (-2.0 * options.scale / options.softcap**2) * y * slope if options.softcap else 0.0
 
 
 def _incoming(by_loss: Tensor | None, by_lse: Tensor | None, row: _Row) -> tuple[Tensor, Tensor]:

@@ -7,16 +7,18 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from hybridengine.kernels.cross_entropy import cross_entropy
 from hybridengine.kernels.cross_entropy.options import EMPTY, REDUCTIONS, Options, is_soft
 from hybridengine.kernels.dispatch import Implementation, Operation
 from hybridengine.kernels.linear_cross_entropy import cpu, reference
+from hybridengine.kernels.linear_cross_entropy.blocked import classes_per_block
 from hybridengine.kernels.linear_cross_entropy.chunks import rows_per_chunk
-from hybridengine.kernels.linear_cross_entropy.rows import Head
+from hybridengine.kernels.linear_cross_entropy.rows import Head, Split
 
 __all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy"]
 
 
-def _run_reference(head: Head, options: Options, want_lse: bool, chunk_rows: int) -> tuple[Tensor, Tensor | None]:
+def _run_reference(head: Head, options: Options, want_lse: bool, split: Split) -> tuple[Tensor, Tensor | None]:
     return reference.run(*head, options, want_lse)
 
 
@@ -28,6 +30,7 @@ OPERATION = Operation(
 
 Reduction = Literal["none", "sum", "mean"]
 Empty = Literal["nan", "zero"]
+Mode = Literal["auto", "low_memory"]
 
 
 @overload
@@ -46,6 +49,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     empty: Empty = "nan",
     return_lse: Literal[False] = False,
+    mode: Mode = "auto",
     chunk_rows: int | None = None,
     impl: str | None = None,
 ) -> Tensor: ...
@@ -67,6 +71,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     empty: Empty = "nan",
     return_lse: Literal[True],
+    mode: Mode = "auto",
     chunk_rows: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -87,6 +92,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     empty: Empty = "nan",
     return_lse: bool = False,
+    mode: Mode = "auto",
     chunk_rows: int | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -99,11 +105,15 @@ def linear_cross_entropy(
 
     Args:
         x: [..., H], hidden states.
-        weight: [V, H], the head.
+        weight: [V, H], the head. As in torch it may be [V, d1, ..., H] for x [N, H], a target [N, d1, ...] and a bias
+            [V, d1, ...]; then all logits are made.
         target: labels [...], int64, or probabilities [..., V].
         bias: [V].
         class_weight: [V], a factor for each class.
         ignore_index, label_smoothing, reduction, z_loss, softcap, scale, empty, return_lse: as in `cross_entropy`.
+        mode: "auto" computes some rows of logits at a time and holds the head's gradient in float32 while it grows.
+            "low_memory" computes some classes at a time, twice: a third more arithmetic, and little memory beyond the
+            gradients themselves. For half-precision heads and large vocabularies.
         chunk_rows: rows of logits at a time instead of the automatic number (`chunks.py`).
         impl: one of the names of `kernels.explain()` instead of the automatic choice.
 
@@ -121,13 +131,33 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1], softcap={softcap} above 0")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if mode not in ("auto", "low_memory"):
+        raise ValueError(f"mode must be 'auto' or 'low_memory', not {mode!r}")
+    if weight.dim() > 2:
+        logits = (x @ weight.flatten(0, -2).t()).view(*x.shape[:-1], *weight.shape[:-1])
+        return cross_entropy(  # type: ignore[call-overload, no-any-return]
+            logits if bias is None else logits + bias,
+            target,
+            weight=class_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            z_loss=z_loss,
+            softcap=softcap,
+            scale=scale,
+            empty=empty,
+            return_lse=return_lse,
+        )
     head = _as_rows(x, weight, bias, target, class_weight)
     options = Options(
         ignore_index, label_smoothing, scale, softcap or 0.0, z_loss, REDUCTIONS[reduction], empty == "zero"
     )
     chosen = OPERATION.choose(impl, head, options)
-    size = chunk_rows or rows_per_chunk(len(head.x), len(weight), x.device, weight.dtype)
-    loss, lse = chosen.run(head, options, return_lse, size)
+    split = Split(
+        chunk_rows or rows_per_chunk(len(head.x), len(weight), x.device, weight.dtype),
+        classes_per_block(len(head.x), len(weight)) if mode == "low_memory" else 0,
+    )
+    loss, lse = chosen.run(head, options, return_lse, split)
     shape = x.shape[:-1]
     loss = loss.view(shape) if loss.dim() else loss
     return (loss, lse.view(shape)) if return_lse else loss

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.cross_entropy.options import REDUCTIONS, SCHEMA, Options
-from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
+from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted
 from hybridengine.kernels.linear_cross_entropy.second_order import differentiable_gradients
 from hybridengine.kernels.modes import is_transformed
 
@@ -46,26 +46,26 @@ def _fake_backward(by_loss: Tensor | None, by_lse: Tensor | None, *arguments: An
 
 
 operators.define(
-    f"linear_cross_entropy({_TENSORS}, {SCHEMA}, int chunk_rows, bool[] wanted, str impl)"
+    f"linear_cross_entropy({_TENSORS}, {SCHEMA}, int chunk_rows, int block_classes, bool[] wanted, str impl)"
     " -> (Tensor loss, Tensor lse, Tensor by_x, Tensor by_weight, Tensor by_bias)",
     _fake,
 )
 operators.define(
     f"linear_cross_entropy_backward(Tensor? by_loss, Tensor? by_lse, {_TENSORS}, {SCHEMA}, int chunk_rows,"
-    " bool[] wanted, str impl) -> (Tensor by_x, Tensor by_weight, Tensor by_bias)",
+    " int block_classes, bool[] wanted, str impl) -> (Tensor by_x, Tensor by_weight, Tensor by_bias)",
     _fake_backward,
 )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, early: bool, chunk_rows: int, wanted: Wanted, impl: str, *arguments: Any) -> Any:
+    def forward(ctx: Any, early: bool, split: Split, wanted: Wanted, impl: str, *arguments: Any) -> Any:
         """`early`: whether the gradients are computed now."""
         head, options = Head(*arguments[:_HEAD]), Options(*arguments[_HEAD:])
         now = wanted if early else Wanted(False, False, False)
         operator = torch.ops.hybridengine.linear_cross_entropy
-        loss, lse, *gradients = operator(*head, *options, chunk_rows, list(now), impl)
-        ctx.options, ctx.chunk_rows, ctx.wanted, ctx.impl = options, chunk_rows, wanted, impl
+        loss, lse, *gradients = operator(*head, *options, *split, list(now), impl)
+        ctx.options, ctx.split, ctx.wanted, ctx.impl = options, split, wanted, impl
         ctx.ready = early
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
@@ -89,24 +89,24 @@ def _backward(ctx: Any, by_loss: Tensor | None, by_lse: Tensor | None) -> Gradie
             return _masked([(one * by_loss).to(one.dtype) for one in unit], ctx.wanted)
     elif torch.is_grad_enabled() or any(one is not None and is_transformed(one) for one in (by_loss, by_lse)):
         known = unit if ready else None
-        return differentiable_gradients(by_loss, by_lse, head, ctx.options, ctx.chunk_rows, ctx.wanted, known)
+        return differentiable_gradients(by_loss, by_lse, head, ctx.options, ctx.split.chunk_rows, ctx.wanted, known)
     elif ready and by_loss is not None:
         ctx.ready = False  # the caller may keep the buffers and add to them: a second backward computes new ones
         for one in unit:
             native.scale_rows(one.view(1, -1), by_loss)
         return _masked(unit, ctx.wanted)
     again = torch.ops.hybridengine.linear_cross_entropy_backward
-    return _masked(again(by_loss, by_lse, *head, *ctx.options, ctx.chunk_rows, list(ctx.wanted), ctx.impl), ctx.wanted)
+    return _masked(again(by_loss, by_lse, *head, *ctx.options, *ctx.split, list(ctx.wanted), ctx.impl), ctx.wanted)
 
 
 def _masked(gradients: Any, wanted: Wanted) -> Gradients:
     return Gradients(*(one if want else None for one, want in zip(gradients, wanted, strict=True)))
 
 
-def run_operator(impl: str, head: Head, options: Options, want_lse: bool, chunk_rows: int) -> tuple[Tensor, Tensor]:
+def run_operator(impl: str, head: Head, options: Options, want_lse: bool, split: Split) -> tuple[Tensor, Tensor]:
     """Return loss and log-sum-exps [N] through the operators."""
     recorded = torch.is_grad_enabled()
     wanted = Wanted(*(recorded and one is not None and one.requires_grad for one in head[:3]))
     early = any(wanted) and not want_lse and options.reduction != REDUCTIONS["none"]
-    result = operators.apply(_LinearCrossEntropy, early, chunk_rows, wanted, impl, *head, *options)
+    result = operators.apply(_LinearCrossEntropy, early, split, wanted, impl, *head, *options)
     return result[0], result[1]

@@ -15,21 +15,12 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native
-from hybridengine.kernels.cross_entropy.options import is_soft
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, RowKernel, Wanted
 
-__all__ = ["counted_rows", "run"]
+__all__ = ["run"]
 
 # Classes of a half-precision head that are widened at a time.
 _BLOCK = 4096
-
-
-def counted_rows(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Return the indices of the rows that count, or None if all do."""
-    if is_soft(target):
-        return None
-    counted = (target != ignore_index).nonzero().squeeze(-1)
-    return None if len(counted) == len(target) else counted
 
 
 def run(

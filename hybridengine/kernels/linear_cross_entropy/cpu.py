@@ -12,9 +12,9 @@ from hybridengine.kernels import native, operators
 from hybridengine.kernels.cross_entropy.cpu import Factors, check_labels, launch, reduced
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
 from hybridengine.kernels.dispatch import record
-from hybridengine.kernels.linear_cross_entropy import chunked
+from hybridengine.kernels.linear_cross_entropy import blocked, chunked
 from hybridengine.kernels.linear_cross_entropy.autograd import run_operator
-from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
+from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted, counted_rows
 from hybridengine.kernels.modes import why_not_transformed
 
 __all__ = ["run", "why_missing", "why_not", "why_slower"]
@@ -77,10 +77,10 @@ class _Rows:
         )
 
 
-def _chunks(
+def _run(
     head: Head,
     options: Options,
-    chunk_rows: int,
+    split: Split,
     wanted: Wanted,
     by_loss: Tensor | None = None,
     by_lse: Tensor | None = None,
@@ -90,11 +90,16 @@ def _chunks(
     class_weight = None if head.class_weight is None else head.class_weight.to(dtype).contiguous()
     target = head.target.contiguous()
     factors = check_labels(target, class_weight, len(head.weight), options, native.ELEMENT_TYPES[dtype])
-    rows = _Rows(class_weight, options, factors)
-    index = chunked.counted_rows(target, options.ignore_index)
+    index = counted_rows(target, options.ignore_index)
     by_loss, by_lse = (None if one is None else one.to(dtype) for one in (by_loss, by_lse))
     with torch.autocast("cpu", enabled=False):  # its casts would round what is to be exact
-        loss, lse, gradients = chunked.run(rows, head, index, chunk_rows, wanted, by_loss, by_lse)
+        if split.block_classes:
+            loss, lse, gradients = blocked.run(
+                head, index, options, split.block_classes, wanted, factors[:2], by_loss, by_lse
+            )
+        else:
+            rows = _Rows(class_weight, options, factors)
+            loss, lse, gradients = chunked.run(rows, head, index, split.chunk_rows, wanted, by_loss, by_lse)
     return reduced(loss, options, factors), lse, gradients
 
 
@@ -103,16 +108,16 @@ def _present(gradients: Gradients, head: Head) -> tuple[Tensor, ...]:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    head, options, (chunk_rows, wanted) = Head(*arguments[:5]), Options(*arguments[5:-2]), arguments[-2:]
-    loss, lse, gradients = _chunks(head, options, chunk_rows, Wanted(*wanted))
+    head, options, rest = Head(*arguments[:5]), Options(*arguments[5:12]), arguments[12:]
+    loss, lse, gradients = _run(head, options, Split(*rest[:2]), Wanted(*rest[2]))
     return loss, lse, *_present(gradients, head)
 
 
 def _backward(by_loss: Tensor | None, by_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    head, options, (chunk_rows, wanted) = Head(*arguments[:5]), Options(*arguments[5:-2]), arguments[-2:]
+    head, options, rest = Head(*arguments[:5]), Options(*arguments[5:12]), arguments[12:]
     if by_loss is None:
         by_loss = torch.zeros(())
-    return _present(_chunks(head, options, chunk_rows, Wanted(*wanted), by_loss, by_lse)[2], head)
+    return _present(_run(head, options, Split(*rest[:2]), Wanted(*rest[2]), by_loss, by_lse)[2], head)
 
 
 operators.implement("linear_cross_entropy", "cpu", _forward)

@@ -6,7 +6,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Gradients", "Head", "RowKernel", "Wanted"]
+from hybridengine.kernels.cross_entropy.options import is_soft
+
+__all__ = ["Gradients", "Head", "RowKernel", "Split", "Wanted", "counted_rows"]
 
 
 class Head(NamedTuple):
@@ -17,6 +19,13 @@ class Head(NamedTuple):
     bias: Tensor | None
     target: Tensor
     class_weight: Tensor | None
+
+
+class Split(NamedTuple):
+    """What exists at a time: `chunk_rows` rows of all logits, or all rows of `block_classes` classes where not 0."""
+
+    chunk_rows: int
+    block_classes: int
 
 
 class Wanted(NamedTuple):
@@ -33,6 +42,14 @@ class Gradients(NamedTuple):
     x: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+def counted_rows(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Return the indices of the rows that count, or None if all do."""
+    if is_soft(target):
+        return None
+    counted = (target != ignore_index).nonzero().squeeze(-1)
+    return None if len(counted) == len(target) else counted
 
 
 class RowKernel(Protocol):
