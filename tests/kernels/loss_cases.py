@@ -48,9 +48,10 @@ def stated_loss(
     surprise = -torch.log_softmax(y, -1)
     row, lse = (q * surprise).sum(-1), torch.logsumexp(y, -1)
     total = len(kept) if soft else (w[kept].sum() if weight is not None else len(kept))
-    every_lse = torch.zeros(rows, dtype=y.dtype).masked_scatter(counted, lse)
+    nothing, at = torch.zeros(rows, dtype=y.dtype), (counted.nonzero().squeeze(-1),)
+    every_lse = nothing.index_put(at, lse)
     if reduction == "none":
-        return torch.zeros(rows, dtype=y.dtype).masked_scatter(counted, row + z_loss * lse**2), every_lse
+        return nothing.index_put(at, row + z_loss * lse**2), every_lse
     loss, z = row.sum(), z_loss * (lse**2).sum()
     return (loss / total + z / len(kept) if reduction == "mean" else loss + z), every_lse
 

@@ -90,6 +90,54 @@ def test_rows_at_the_edge_are_those_of_torch(isa: str, dtype: torch.dtype) -> No
     torch.testing.assert_close(ours.grad, torchs.grad.to(dtype), equal_nan=True)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_an_impossible_class_without_weight_adds_nothing(impl: str, softcap: float | None) -> None:
+    """A masked class (-inf) with probability 0: no NaN, in the loss or anywhere in the gradient."""
+    logits = torch.randn(3, 2100)
+    logits[:, 7] = float("-inf")
+    target = torch.softmax(logits + torch.randn(3, 2100), -1)
+    options = {"weight": torch.ones(2100).index_fill(0, torch.tensor([7]), 0.0), "label_smoothing": 0.1}
+    without = [one for one in range(2100) if one != 7]
+    for extra in ({}, options):
+        leaf = logits.clone().requires_grad_()
+        loss = kernels.cross_entropy(leaf, target, impl=impl, **extra)  # type: ignore[call-overload]
+        loss.backward()
+        assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and not bool(leaf.grad[:, 7].any())
+    assert float(loss.detach()) > 0
+    plain = kernels.cross_entropy(logits, target, softcap=softcap, impl=impl)
+    if softcap is None:
+        torch.testing.assert_close(plain, F.cross_entropy(logits[:, without], target[:, without]))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_the_lse_of_edges(impl: str) -> None:
+    inf = float("inf")
+    logits = torch.tensor([[0.0, 1.0], [inf, 0.0], [-inf, -inf], [-1e30, -1e30], [float("nan"), 0.0], [5.0, 5.0]])
+    target = torch.tensor([0, 0, 0, 0, -100, -100])
+    leaf = logits.clone().requires_grad_()
+    _, lse = kernels.cross_entropy(leaf, target, reduction="none", return_lse=True, impl=impl)
+    expected = torch.logsumexp(logits, -1)
+    assert lse[1].isnan() or lse[1] == inf  # a softmax of infinity is NaN; either way the loss says so
+    torch.testing.assert_close(lse[[0, 3]], expected[[0, 3]])
+    assert lse[4:].tolist() == [0.0, 0.0]
+    lse[[0, 3, 4, 5]].sum().backward()
+    assert leaf.grad is not None and not bool(leaf.grad[4:].any())
+    torch.testing.assert_close(leaf.grad[[0, 3]], torch.softmax(logits[[0, 3]], -1))
+
+
+def test_a_confident_label_keeps_its_gradient(isa: str) -> None:
+    """At a probability of 0.9999 the label's p - 1 is right to 0.5%, and so are the other classes' shares."""
+    logits = torch.zeros(2, 30000)
+    logits[:, 100] = float(torch.tensor(9999.0 * 29999).log())
+    leaf = logits.clone().requires_grad_()
+    kernels.cross_entropy(leaf, torch.tensor([100, 5]), impl="cpu").backward()
+    exact = logits.double().requires_grad_()
+    F.cross_entropy(exact, torch.tensor([100, 5])).backward()
+    assert leaf.grad is not None and exact.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=0.005, atol=0)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_an_ignored_row_may_hold_nan(isa: str, reduction: str) -> None:
     logits = torch.randn(3, 100)

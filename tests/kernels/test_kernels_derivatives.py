@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import stated_loss
 
 from hybridengine import kernels
 from hybridengine.errors import KernelUnavailable
@@ -17,10 +18,12 @@ from hybridengine.kernels.cross_entropy import cpu
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "")
 
 ours = partial(kernels.cross_entropy, impl="cpu")
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.1, 1.5], dtype=torch.float64)
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"label_smoothing": 0.2},
-    {"weight": torch.tensor([0.5, 1.0, 2.0, 0.1, 1.5], dtype=torch.float64)},
+    {"label_smoothing": 0.2, "weight": WEIGHT},
+    {"weight": WEIGHT},
     {"reduction": "none", "label_smoothing": 0.1},
     {"reduction": "sum", "ignore_index": 2},
 ]
@@ -30,6 +33,13 @@ OPTIONS: list[dict[str, Any]] = [
 def problem() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(3)
     return torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, -100, 4, 2])
+
+
+SHAPED: list[dict[str, Any]] = [
+    {"z_loss": 0.1, "weight": WEIGHT},
+    {"softcap": 2.0, "scale": 1.5, "label_smoothing": 0.1},
+    {"softcap": 2.0, "z_loss": 0.1, "reduction": "none"},
+]
 
 
 def valid(target: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
@@ -42,6 +52,37 @@ def test_gradcheck(problem: Any, options: dict[str, Any]) -> None:
     check = partial(ours, target=target, **options)
     assert torch.autograd.gradcheck(check, (logits,), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(check, (logits,), check_batched_grad=True)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("options", [*OPTIONS[:4], *SHAPED])
+def test_gradcheck_of_loss_and_lse(problem: Any, options: dict[str, Any], soft: bool) -> None:
+    logits = problem[0].requires_grad_()
+    target = torch.softmax(torch.randn(4, 5, dtype=torch.float64), -1) if soft else valid(problem[1], options)
+    check = partial(ours, target=target, return_lse=True, **options)
+    assert torch.autograd.gradcheck(check, (logits,), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(check, (logits,), check_batched_grad=True)
+
+
+@pytest.mark.parametrize("options", SHAPED)
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))]
+)
+def test_shaped_losses_under_func_transforms(problem: Any, options: dict[str, Any], transform: Any) -> None:
+    logits, target = problem
+
+    def total(loss: Any, **more: Any) -> Any:
+        def both(x: torch.Tensor) -> torch.Tensor:
+            rows, lse = loss(x, target, **more, **options)
+            return (rows * 1.5).sum() + lse.square().sum()
+
+        return both
+
+    results = [
+        transform(total(loss, **more))(logits)
+        for loss, more in ((kernels.cross_entropy, {"return_lse": True}), (stated_loss, {}))
+    ]
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
 def test_third_derivative(problem: Any) -> None:
@@ -140,6 +181,57 @@ def test_accumulating_into_grad_does_not_change_the_next_backward() -> None:
     once = logits.grad.clone()
     loss.backward()
     torch.testing.assert_close(logits.grad, 2 * once)
+
+
+def test_in_place_the_logits_become_their_gradient() -> None:
+    head, hidden, target = torch.randn(5000, 16, requires_grad=True), torch.randn(40, 16), torch.arange(40)
+    expected = torch.autograd.grad(ours(hidden @ head.t(), target) * 0.5, head)[0]
+    logits = hidden @ head.t()
+    loss = kernels.cross_entropy(logits, target, inplace=True, impl="cpu") * 0.5
+    seen: list[torch.Tensor] = []
+    logits.register_hook(seen.append)
+    (got,) = torch.autograd.grad(loss, head, retain_graph=True)
+    torch.testing.assert_close(got, expected)
+    assert seen[0].data_ptr() == logits.data_ptr()
+    for again in ({}, {"create_graph": True}):
+        with pytest.raises(RuntimeError, match="overwritten its logits"):
+            torch.autograd.grad(loss, head, retain_graph=True, **again)
+
+
+def test_in_place_an_operation_that_needs_the_logits_hears_of_it() -> None:
+    x = torch.randn(40, 5000, requires_grad=True)
+    logits = x.exp()  # its gradient is made of its result
+    loss = kernels.cross_entropy(logits, torch.arange(40), inplace=True, impl="cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_is_a_permission_that_leaves_alone_what_it_must() -> None:
+    target = torch.arange(40)
+    leaf = torch.randn(40, 5000, requires_grad=True)
+    expected = torch.autograd.grad(ours(leaf, target), leaf)[0]
+    for logits in (leaf, (leaf * 1).t().contiguous().t()):  # a leaf; rows that are not contiguous
+        kept = logits.detach().clone()
+        loss = kernels.cross_entropy(logits, target, inplace=True, impl="cpu")
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
+        assert torch.equal(logits.detach(), kept)
+    with torch.no_grad():
+        kernels.cross_entropy(leaf * 1, target, inplace=True, impl="cpu")
+
+
+@pytest.mark.parametrize("want_gradient", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_opcheck(want_gradient: bool, soft: bool) -> None:
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    target = torch.softmax(torch.randn_like(logits), -1) if soft else torch.tensor([0, -100, 4, 2])
+    for reduction in (0, 1):
+        options = (-100, 0.1, 1.5, 2.0, 0.1, reduction, False)
+        operators = torch.ops.hybridengine
+        torch.library.opcheck(operators.cross_entropy, (logits, target, WEIGHT, *options, want_gradient, "cpu"))
+        torch.library.opcheck(operators.cross_entropy_, (logits.clone(), target, None, *options, "cpu"))
+        coming = torch.ones(4 if reduction == 0 else (), dtype=torch.float64)
+        arguments = (coming, torch.ones(4, dtype=torch.float64), logits, target, WEIGHT, *options, "cpu")
+        torch.library.opcheck(operators.cross_entropy_backward, arguments)
 
 
 def test_no_gradient_is_computed_where_none_is_wanted() -> None:

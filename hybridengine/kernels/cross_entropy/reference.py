@@ -34,7 +34,7 @@ from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, fact
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.modes import is_transformed
 
-__all__ = ["capped", "log_probabilities", "run"]
+__all__ = ["capped", "may_ignore", "run"]
 
 _torch_cross_entropy: Callable[..., Tensor] = torch._C._nn.cross_entropy_loss
 
@@ -62,11 +62,6 @@ def capped(x: Tensor, options: Options) -> Tensor:
     return torch.tanh(y / options.softcap) * options.softcap if options.softcap else y
 
 
-def log_probabilities(x: Tensor, options: Options) -> Tensor:
-    """Return log p. `log_softmax` subtracts the maximum first: lse - y would be 0 for logits around 1e30."""
-    return torch.log_softmax(capped(x, options), -1)
-
-
 def _torchs_own(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
     """What `torch.nn.functional.cross_entropy` calls after its checks; small losses feel the difference."""
     zero_if_empty = options.reduction == REDUCTIONS["mean"] and options.empty_is_zero
@@ -77,8 +72,10 @@ def _torchs_own(x: Tensor, target: Tensor, weight: Tensor | None, options: Optio
 
 def _in_full(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     uniform = options.label_smoothing / x.shape[-1]
-    surprise = -log_probabilities(x, options)
-    lse = torch.logsumexp(capped(x, options), -1)
+    y = capped(x, options)
+    surprise = -torch.log_softmax(y, -1)  # subtracts the maximum first: lse - y would be 0 for logits around 1e30
+    top = y.argmax(-1, keepdim=True)
+    lse = (y.gather(-1, top) + surprise.gather(-1, top)).squeeze(-1)  # `logsumexp` has a wrong gradient around 1e30
     w = x.new_ones(x.shape[-1]) if weight is None else weight
     if is_soft(target):
         rows = _expected(surprise, ((1 - options.label_smoothing) * target.to(x.dtype) + uniform) * w)
