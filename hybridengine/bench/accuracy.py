@@ -11,7 +11,7 @@ from torch import Tensor
 from hybridengine.bench.case import OURS, Case, Function
 from hybridengine.bench.computation import Computation, copied, in_float64
 
-__all__ = ["WRONG", "checked_rows", "errors", "relative_error", "worst"]
+__all__ = ["WRONG", "Exact", "checked_rows", "relative_error", "worst"]
 
 # Half precision rounds to 4e-3; a wrong scale, sign or order of differentiation is far off.
 WRONG = 0.05
@@ -32,32 +32,41 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float(distance / norm if norm > 0 else distance)
 
 
-def errors(case: Case, functions: Mapping[str, Function], device: torch.device) -> dict[str, dict[str, float]]:
-    """Return, for each competitor, the error of each of its results; one that fails or is not compared is left out.
+class Exact:
+    """The results of a case in float64, and the errors of others against them.
 
-    A gradient that is missing, as of a loss that was silently detached, is an infinite error. A compiled function is
-    compared at the case's own shape alone: another one would be compiled again.
+    A gradient that is missing, as of a loss that was silently detached, is an infinite error.
     """
-    if case.exact is None:
-        return {}
-    rows = checked_rows(case)
-    inputs = case.make(rows, device)
-    function = case.functions["torch"] if case.exact == "torch" else case.exact
-    exact = Computation(function, in_float64(inputs), case.wanted, case.mode)()
-    found = {}
-    for name, competitor in functions.items():
-        if name == "compile" and rows != case.rows:
-            continue
-        try:
-            results = Computation(competitor, copied(inputs), case.wanted, case.mode)()
-        except Exception:  # it ran on all rows: some competitors want many
-            if name == OURS:
-                raise
-            continue
-        found[name] = {
-            key: relative_error(results[key], value) if key in results else math.inf for key, value in exact.items()
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self._case, self._device = case, device
+        self.rows = checked_rows(case) if case.exact is not None else 0
+        if case.exact is not None:
+            self._inputs = case.make(self.rows, device)
+            function = case.functions["torch"] if case.exact == "torch" else case.exact
+            self._results = Computation(function, in_float64(self._inputs), case.wanted, case.mode)()
+
+    def errors(self, name: str, function: Function, results: Mapping[str, Tensor]) -> dict[str, float] | None:
+        """Return the error of each result; None where there is nothing to compare.
+
+        Args:
+            name: of the competitor; "compile" is left out where rows are, as it would be compiled again.
+            function: run again where not all rows are compared.
+            results: of all rows.
+        """
+        if not self.rows or (name == "compile" and self.rows != self._case.rows):
+            return None
+        if self.rows != self._case.rows:
+            try:
+                results = Computation(function, copied(self._inputs), self._case.wanted, self._case.mode)()
+            except Exception:  # it ran on all rows: some competitors want many
+                if name == OURS:
+                    raise
+                return None
+        return {
+            key: relative_error(results[key], value) if key in results else math.inf
+            for key, value in self._results.items()
         }
-    return found
 
 
 def worst(found: Mapping[str, float]) -> float:

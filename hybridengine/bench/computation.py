@@ -33,6 +33,8 @@ class Computation:
             output.backward(self._upstream)
             return {"output": output.detach(), **self._gradients()}
         found = torch.autograd.grad(output, list(self._leaves.values()), self._upstream, create_graph=True)
+        if not any(one.requires_grad for one in found):
+            raise RuntimeError("its gradients are detached and cannot be differentiated again")
         wide = torch.float64 if output.dtype == torch.float64 else torch.float32
         penalty = torch.stack([one.to(wide).square().sum() for one in found]).sum()
         penalty.backward()  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hybridengine.bench import accuracy, competitors, memory
+from hybridengine.bench.accuracy import Exact
 from hybridengine.bench.case import OURS, Case, Function, family
 from hybridengine.bench.computation import Computation, copied, size
 from hybridengine.bench.floor import Rates
@@ -51,38 +52,34 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
     free = min(bench.most_memory, _SHARE_OF_FREE * memory.available(bench.device))
     if case.memory > free:
         needed = f"it needs about {case.memory / 1e9:.1f} GB beside its inputs, and {free / 1e9:.1f} GB may be used"
-        return left_out(case, bench, needed)
+        return left_out(case, needed)
     row: dict[str, Any] = {"case": case.label, "mode": case.mode, **case.facts, "variants": {}}
+    exact = Exact(case, bench.device)
+    row["checked_rows"] = exact.rows
     inputs = case.make(case.rows, bench.device)
     ready: dict[str, Computation] = {}
-    functions: dict[str, Function] = {}
-    moved = case.moved
     for name in _names(case, bench):
         try:
             function = _function(name, case, bench)
             # What changes its inputs gets its own; the others read the same ones.
             own = copied(inputs) if name in case.mutating else inputs
             call = Computation(function, own, case.wanted, case.mode)
-            figures = _first_calls(name, call, bench)
+            row["variants"][name] = _first_calls(name, call, function, exact, bench)
+            ready[name] = call
         except _NotRun as reason:
             row["variants"][name] = {"not_run": str(reason)}
-            continue
-        row["variants"][name] = figures
-        ready[name], functions[name] = call, function
-        if name == OURS and moved is None:
-            moved = size(inputs) + figures["result_bytes"]
+    del exact
     _add_times(row, ready, bench)
-    _add_errors(row, accuracy.errors(case, functions, bench.device), case)
-    _add_floor(row, bench.rates.floor(moved or size(inputs), case.flops, case.dtype))
+    moved = size(inputs) + row["variants"][OURS]["result_bytes"] if case.moved is None else case.moved
+    _add_floor(row, bench.rates.floor(moved, case.flops, case.dtype))
     if "compile" in ready:
         torch._dynamo.reset()  # its limit of recompilations counts the cases of a function together
     return row
 
 
-def left_out(case: Case, bench: Bench, reason: str) -> dict[str, Any]:
+def left_out(case: Case, reason: str) -> dict[str, Any]:
     """The row of a case that is not measured."""
-    variants = {name: {"not_run": reason} for name in _names(case, bench)}
-    return {"case": case.label, "mode": case.mode, **case.facts, "variants": variants}
+    return {"case": case.label, "mode": case.mode, **case.facts, "not_run": reason, "variants": {}}
 
 
 class _NotRun(Exception):
@@ -103,32 +100,54 @@ def _function(name: str, case: Case, bench: Bench) -> Function:
         raise _NotRun(reason)
     if name != "compile":
         return case.functions[name]
+    if case.mode == "second order":
+        raise _NotRun("torch.compile has no double backward")
     if bench.compile_seconds <= 0:
         raise _NotRun("the time for compiling is used up; --full has no limit")
     return competitors.compiled(case)
 
 
-def _first_calls(name: str, call: Computation, bench: Bench) -> dict[str, Any]:
-    """Warm up, and measure the memory. What a competitor raises is why it did not run; what ours raises is an error."""
+def _first_calls(name: str, call: Computation, function: Function, exact: Exact, bench: Bench) -> dict[str, Any]:
+    """Warm up, compare, and measure the memory.
+
+    What a competitor raises is why it did not run; what ours raises is an error.
+    """
     begun = time.perf_counter()
     try:
         results = call()
         bench.synchronize()
+        errors = exact.errors(name, function, results)
         result_bytes = sum(one.numel() * one.element_size() for one in results.values())
         del results
-        call()
+        _refuse_slow(name, call, bench)
         peak = memory.peak(call, call.clear, bench.device)
+    except _NotRun:
+        raise
     except Exception as error:
-        call.clear()
         if name == OURS:
             raise
         text = (str(error).strip().splitlines() or [""])[0]
         raise _NotRun(f"{type(error).__name__}: {text}"[:200]) from error
     finally:
+        call.clear()
         if name == "compile":
             bench.compile_seconds -= time.perf_counter() - begun
-    extra = None if peak is None else max(0, peak - result_bytes)
-    return {"peak_bytes": peak, "result_bytes": result_bytes, "extra_bytes": extra}
+    figures = {"peak_bytes": peak, "result_bytes": result_bytes}
+    figures["extra_bytes"] = None if peak is None else max(0, peak - result_bytes)
+    if errors is None:
+        return figures
+    worst = accuracy.worst(errors)
+    return figures | {"errors": errors, "error": worst, "wrong": not worst <= accuracy.WRONG}
+
+
+def _refuse_slow(name: str, call: Computation, bench: Bench) -> None:
+    """A second call, now warm; a competitor that takes very long would take all of the run's time."""
+    begun = time.perf_counter()
+    call()
+    bench.synchronize()
+    seconds = time.perf_counter() - begun
+    if seconds > bench.effort.slowest and name not in (OURS, "torch"):
+        raise _NotRun(f"one call takes {seconds:.1f} s, too long for this run; --full has no limit")
 
 
 def _add_times(row: dict[str, Any], ready: Mapping[str, Computation], bench: Bench) -> None:
@@ -148,13 +167,6 @@ def _add_times(row: dict[str, Any], ready: Mapping[str, Computation], bench: Ben
             "rounds": one.rounds,
             "times_ours": one.median / times[OURS].median,
         }
-
-
-def _add_errors(row: dict[str, Any], found: Mapping[str, Mapping[str, float]], case: Case) -> None:
-    row["checked_rows"] = accuracy.checked_rows(case) if case.exact is not None else 0
-    for name, errors in found.items():
-        worst = accuracy.worst(errors)
-        row["variants"][name] |= {"errors": dict(errors), "error": worst, "wrong": not worst <= accuracy.WRONG}
 
 
 def _add_floor(row: dict[str, Any], floor: float) -> None:

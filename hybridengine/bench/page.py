@@ -65,7 +65,7 @@ def _section(op: str, rows: list[dict[str, Any]]) -> Section:
     names = columns(rows)
     speeds = [(row["case"], {name: _speed(row, name) for name in row["variants"]}) for row in rows]
     title = _TITLES.get(op, op.replace("_", " ").capitalize())
-    ours = [value for _, values in speeds if (value := values[OURS]) is not None]
+    ours = [value for _, values in speeds if (value := values.get(OURS)) is not None]
     summary = f"{digits(_mean(ours))} times as fast as torch on average over {_count(len(ours))}" if ours else ""
     lines = [line for row in rows for line in _lines(row, names)]
     chart = bar_chart(op, f"{title}: speed relative to torch", names, speeds)
@@ -81,9 +81,11 @@ def _absent(rows: list[dict[str, Any]], names: list[str]) -> str:
 
 
 def _lines(row: dict[str, Any], names: list[str]) -> list[Line]:
-    """One line for each competitor that ran in some case of the operation; ours always has one."""
+    """One line for each competitor that ran in some case of the operation."""
+    if "not_run" in row:
+        return [Line(row["case"], "", False, True, [row["not_run"]], False)]
     found = []
-    shown = {name: figures for name, figures in row["variants"].items() if name in names or name == OURS}
+    shown = {name: figures for name, figures in row["variants"].items() if name in names}
     for place, (name, figures) in enumerate(shown.items()):
         cells = [figures["not_run"]] if "not_run" in figures else _cells(row, name, figures)
         found.append(Line(row["case"], name, name == OURS, place == 0, cells, bool(figures.get("wrong"))))

@@ -71,7 +71,7 @@ def run(plan: Plan, progress: Progress = lambda text: None) -> dict[str, Any]:
         progress(f"{number}/{len(selected)} {op}: {case.label}")
         torch.manual_seed(0)
         late = time.monotonic() - begun > bench.effort.total
-        row = left_out(case, bench, _LATE.format(plan.tier, bench.effort.total)) if late else measure(case, bench)
+        row = left_out(case, _LATE.format(plan.tier, bench.effort.total)) if late else measure(case, bench)
         report["rows"].append({"op": op, **row})
     report["rows"].sort(key=lambda row: row["op"])
     report["floor"] = {
@@ -105,7 +105,7 @@ def _bench(plan: Plan, device: torch.device) -> Bench:
 
 
 def _selected(plan: Plan, device: torch.device, not_run: dict[str, str]) -> list[tuple[str, Case]]:
-    """All cases; the quick ones of every operation first, in case the time runs out.
+    """All cases; the quick ones of every operation first, and products last, in case the time runs out.
 
     An operation that is asked for and has no kernel yet is told in `not_run`.
     """
@@ -117,4 +117,4 @@ def _selected(plan: Plan, device: torch.device, not_run: dict[str, str]) -> list
             not_run.update({name: reason} if plan.ops else {})
             continue
         found += [(name, case) for case in op.cases(device.type) if TIERS.index(case.tier) <= most]
-    return sorted(found, key=lambda one: TIERS.index(one[1].tier))
+    return sorted(found, key=lambda one: (TIERS.index(one[1].tier), one[1].flops > 0))

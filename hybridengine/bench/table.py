@@ -48,9 +48,9 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def _line(row: dict[str, Any], others: list[str]) -> list[str]:
-    ours = row["variants"][OURS]
-    if "not_run" in ours:
+    if "not_run" in row:
         return [row["case"], NOT_RUN, *("" for _ in others), "", "", "", ""]
+    ours = row["variants"][OURS]
     return [
         row["case"],
         digits(ours["median_ms"]),
@@ -78,13 +78,16 @@ def left_out(report: dict[str, Any]) -> Iterator[str]:
     cases: dict[tuple[str, str], list[str]] = {}
     everywhere: dict[str, int] = {}
     for row in report["rows"]:
+        where = f"{row['op']} {row['case']}"
+        if "not_run" in row:
+            cases.setdefault(("", row["not_run"]), []).append(where)
         for name, figures in row["variants"].items():
             everywhere[name] = everywhere.get(name, 0) + 1
             if "not_run" in figures:
-                cases.setdefault((name, figures["not_run"]), []).append(f"{row['op']} {row['case']}")
-    for (name, reason), where in cases.items():
-        some = "" if len(where) == everywhere[name] else f" ({where[0]}{_more(len(where) - 1)})"
-        yield f"{NOT_RUN}: {name}: {reason}{some}"
+                cases.setdefault((name, figures["not_run"]), []).append(where)
+    for (name, reason), found in cases.items():
+        some = "" if len(found) == everywhere.get(name) else f" ({found[0]}{_more(len(found) - 1)})"
+        yield f"{NOT_RUN}: {name}{': ' if name else ''}{reason}{some}"
 
 
 def _more(count: int) -> str:

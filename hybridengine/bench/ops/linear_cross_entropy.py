@@ -97,10 +97,11 @@ def cases(device: str) -> list[Case]:
         ]
     else:
         found = [
-            _case(256, *HEADS[1], single, tier="quick"),
-            _case(256, *HEADS[1], half, frozen=True, tier="quick"),
-            _case(512, *HEADS[1], half),
+            _case(128, *HEADS[1], single, tier="quick"),
+            _case(512, *HEADS[1], single),
             _case(512, *HEADS[1], single, masked=0.9),
+            _case(256, *HEADS[1], half),
+            _case(256, *HEADS[1], half, frozen=True),
             _case(256, *HEADS[2], single, frozen=True, bias=True),
             _case(128, *HEADS[1], single, mode="second order"),
             _case(4096, *HEADS[0], single),

@@ -42,7 +42,7 @@ def run(
     """Measure the kernels' speed-up on this machine.
 
     Speed, memory, error and share of what the hardware can do, against plain torch and every competitor that can run
-    here; about three minutes.
+    here; about three minutes on two cores.
     """
     from hybridengine.bench import catalogue
 
@@ -65,11 +65,12 @@ def run(
 
 def _targets(output: Path | None, html: Path | None) -> dict[str, Path]:
     """Where to write what; a place that cannot be written is told before minutes of measuring."""
+    for path in filter(None, (output, html)):
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; name a file")
     page = html or (output.with_suffix(".html") if output else None)
     targets = {kind: path for kind, path in (("json", output), ("html", page)) if path is not None}
     for path in targets.values():
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder; name a file")
         if not path.parent.is_dir():
             raise OutputError(f"{path}: there is no folder {path.parent}")
     if len(set(targets.values())) < len(targets):
