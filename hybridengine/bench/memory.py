@@ -3,8 +3,8 @@
 On a GPU the allocator counts. On a CPU the kernel does: writing 5 to /proc/self/clear_refs sets VmHWM, the high-water
 mark of the resident memory, back to what is resident now, and the mark is read again afterwards. Before that, free
 memory is given back (the C heap by malloc_trim, the pool of the kernels by `release_pool`), or it would be used again
-without showing. The mark is exact to some hundred kB (the kernel counts in batches), and holds what libraries keep for themselves too. A forked child
-would hang: OpenMP's threads do not survive a fork.
+without showing. The mark is exact to some hundred kB, as the kernel counts in batches, and holds what libraries keep
+for themselves too. A forked child would hang: OpenMP's threads do not survive a fork.
 """
 
 from __future__ import annotations

@@ -16,7 +16,12 @@ from hybridengine.bench.table import columns, digits, foreign, left_out, operati
 
 __all__ = ["render"]
 
-_TITLES = {"cross_entropy": "Cross-entropy", "gelu": "GELU", "kl_pair": "KL divergence of a pair"}
+_TITLES = {
+    "cross_entropy": "Cross-entropy",
+    "gelu": "GELU",
+    "linear_cross_entropy": "Linear cross-entropy",
+    "kl_pair": "KL pair",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ def _section(op: str, rows: list[dict[str, Any]]) -> Section:
     speeds = [(row["case"], {name: _speed(row, name) for name in row["variants"]}) for row in rows]
     title = _TITLES.get(op, op.replace("_", " ").capitalize())
     ours = [value for _, values in speeds if (value := values.get(OURS)) is not None]
-    summary = f"{digits(_mean(ours))} times as fast as torch on average over {_count(len(ours))}" if ours else ""
+    average = f" on average over {_count(len(ours))}" if len(ours) > 1 else ""
+    summary = f"{digits(_mean(ours))} times as fast as torch{average}" if ours else ""
     lines = [line for row in rows for line in _lines(row, names)]
     chart = bar_chart(op, f"{title}: speed relative to torch", names, speeds)
     return Section(op, title, summary, names, chart, lines, _absent(rows, names))

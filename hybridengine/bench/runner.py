@@ -62,6 +62,7 @@ def run(plan: Plan, progress: Progress = lambda text: None) -> dict[str, Any]:
         "against": list(bench.against),
         "machine": describe(device),
         "memory": memory.why_not(device) or memory.METHODS[device.type],
+        "interrupted": False,
         "not_run": {},
         "rows": [],
     }
@@ -71,7 +72,11 @@ def run(plan: Plan, progress: Progress = lambda text: None) -> dict[str, Any]:
         progress(f"{number}/{len(selected)} {op}: {case.label}")
         torch.manual_seed(0)
         late = time.monotonic() - begun > bench.effort.total
-        row = left_out(case, _LATE.format(plan.tier, bench.effort.total)) if late else measure(case, bench)
+        try:
+            row = left_out(case, _LATE.format(plan.tier, bench.effort.total)) if late else measure(case, bench)
+        except KeyboardInterrupt:  # what is measured is not lost
+            report["interrupted"] = True
+            break
         report["rows"].append({"op": op, **row})
     report["rows"].sort(key=lambda row: row["op"])
     report["floor"] = {

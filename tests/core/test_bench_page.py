@@ -115,7 +115,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += f" {data}"
 
 
 def test_the_page_is_whole_and_loads_nothing(report: dict[str, Any]) -> None:

@@ -102,6 +102,24 @@ def test_when_the_time_is_over_the_rest_is_told(
 
 
 @pytest.mark.usefixtures("tiny")
+def test_ctrl_c_keeps_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = runner.measure
+
+    def stopped(case: Any, bench: Any) -> dict[str, Any]:
+        if case.label.startswith("fp32 16 wide"):
+            raise KeyboardInterrupt
+        return measure(case, bench)
+
+    monkeypatch.setattr(runner, "measure", stopped)
+    path = tmp_path / "bench.json"
+    code, out, err = bench(capsys, "--op", "cross_entropy", "--op", "total_norm", "--output", path)
+    assert code == 130 and "stopped: interrupted" in err and "cross_entropy" in out
+    assert [row["op"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["cross_entropy"]
+
+
+@pytest.mark.usefixtures("tiny")
 def test_an_operation_whose_kernel_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

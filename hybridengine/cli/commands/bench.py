@@ -57,10 +57,13 @@ def run(
         from hybridengine.train.files import finite
 
         console.print_json(finite(report))
-        return
-    _show(report)
-    for path in targets.values():
-        console.line(f"wrote {path}")
+    else:
+        _show(report)
+        for path in targets.values():
+            console.line(f"wrote {path}")
+    if report["interrupted"]:
+        console.note("stopped: interrupted; the rest was not measured")
+        raise typer.Exit(130)
 
 
 def _targets(output: Path | None, html: Path | None) -> dict[str, Path]:

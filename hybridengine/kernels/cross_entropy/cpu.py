@@ -15,7 +15,7 @@ __all__ = ["run", "why_missing", "why_not", "why_slower"]
 
 why_missing = native.why_missing
 
-# Below these torch's own kernels are faster (benchmarks/bench_kernels.py): short rows waste the vector tails, and few
+# Below these torch's own kernels are faster (`hybridengine bench`): short rows waste the vector tails, and few
 # elements do not pay for one more Python call.
 _FEWEST_CLASSES = 64
 _FEWEST_ELEMENTS = 131072
