@@ -110,16 +110,18 @@ def _bench(plan: Plan, device: torch.device) -> Bench:
 
 
 def _selected(plan: Plan, device: torch.device, not_run: dict[str, str]) -> list[tuple[str, Case]]:
-    """All cases; the quick ones of every operation first, and products last, in case the time runs out.
+    """All cases: the quick ones first, and of each tier one of every operation in turn, in case the time runs out.
 
     An operation that is asked for and has no kernel yet is told in `not_run`.
     """
     most = TIERS.index(plan.tier)
-    found = []
-    for name in plan.ops or catalogue.names():
+    found: list[tuple[int, int, str, Case]] = []
+    for name in dict.fromkeys(plan.ops) or catalogue.names():
         op = catalogue.load(name)
         if reason := catalogue.why_missing(op):
             not_run.update({name: reason} if plan.ops else {})
             continue
-        found += [(name, case) for case in op.cases(device.type) if TIERS.index(case.tier) <= most]
-    return sorted(found, key=lambda one: (TIERS.index(one[1].tier), one[1].flops > 0))
+        for tier, word in enumerate(TIERS[: most + 1]):
+            same = [case for case in op.cases(device.type) if case.tier == word]
+            found += [(tier, place, name, case) for place, case in enumerate(same)]
+    return [(name, case) for *_, name, case in sorted(found, key=lambda one: one[:2])]

@@ -90,6 +90,19 @@ def test_the_page_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert code == 0 and [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
+def test_operations_take_turns_and_quick_cases_come_first() -> None:
+    plan = runner.Plan(ops=("perturb", "total_norm", "perturb"))
+    selected = runner._selected(plan, torch.device("cpu"), {})
+    assert [(name, case.tier) for name, case in selected] == [
+        ("perturb", "quick"),
+        ("total_norm", "quick"),
+        ("perturb", "quick"),
+        ("perturb", "default"),
+        ("total_norm", "default"),
+        ("perturb", "default"),
+    ]
+
+
 @pytest.mark.usefixtures("tiny")
 def test_when_the_time_is_over_the_rest_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -16,28 +16,29 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+_Ops = Annotated[list[str] | None, typer.Option(help="An operation; repeat for more.", show_default=False)]
+_Against = Annotated[
+    str | None, typer.Option(help="Competitors, e.g. torch,compile,torch-lce,liger,quack,cce.", show_default=False)
+]
+_Quick = Annotated[bool, typer.Option("--quick", help="A few cases in half a minute, without torch.compile.")]
+_Full = Annotated[bool, typer.Option("--full", help="The whole matrix of shapes that fit the memory: hours.")]
+_Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if any.", show_default=False)]
+_Output = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help="Write all figures, and a page beside.", show_default=False)
+]
+_Page = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write the page there.", show_default=False)]
+_Json = Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")]
+
+
 def run(
-    op: Annotated[list[str] | None, typer.Option(help="An operation; repeat for more.", show_default=False)] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(help="Competitors, e.g. torch,compile,torch-lce,liger,quack,cce.", show_default=False),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A few cases in half a minute, without torch.compile.")
-    ] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="The whole matrix of shapes that fit the memory: hours.")
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda instead of the GPU if any.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write all figures, and a page beside.", show_default=False)
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write the page there.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    op: _Ops = None,
+    against: _Against = None,
+    quick: _Quick = False,
+    full: _Full = False,
+    device: _Device = None,
+    output: _Output = None,
+    html: _Page = None,
+    as_json: _Json = False,
 ) -> None:
     """Measure the kernels' speed-up on this machine.
 
