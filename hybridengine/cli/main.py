@@ -12,6 +12,7 @@ import typer
 
 from hybridengine.cli import failures
 from hybridengine.cli.commands import (
+    bench,
     demo,
     doctor,
     evaluate,
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (demo, init, validate, plan, train, evaluate, predict, report, kernels, schema, doctor):
+for module in (demo, init, validate, plan, train, evaluate, predict, report, kernels, bench, schema, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.run)
 app.add_typer(plugins.app, name="plugins")
 

@@ -10,7 +10,7 @@ import pytest
 from hybridengine.cli.main import main
 
 COMMANDS = (
-    *"demo init validate plan train evaluate predict report kernels schema doctor version".split(),
+    *"demo init validate plan train evaluate predict report kernels bench schema doctor version".split(),
     "plugins list",
     "plugins info",
 )

@@ -18,6 +18,7 @@ PLUGINS = ROOT / "plugins" / "hybridengine_plugins"
 FLOORS = [
     "errors",
     "kernels",
+    "bench",
     "config",
     "seams",
     "data.rows",

@@ -19,7 +19,7 @@ __all__ = ["Factors", "check_labels", "launch", "reduced", "run", "why_missing",
 why_missing = native.why_missing
 run = partial(run_operator, "cpu")
 
-# Below these torch's own kernels are faster (benchmarks/bench_kernels.py): short rows waste the vector tails, and few
+# Below these torch's own kernels are faster (`hybridengine bench`): short rows waste the vector tails, and few
 # elements do not pay for one more Python call.
 _FEWEST_CLASSES = 64
 _FEWEST_ELEMENTS = 131072

@@ -1,0 +1,1 @@
+"""One file an operation; each is found by its name alone."""
