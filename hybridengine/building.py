@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybridengine import kernels
 from hybridengine.config import Config, ModelConfig
 from hybridengine.data.card import add_token_lengths
 from hybridengine.data.prepare import prepare_splits
@@ -130,11 +131,12 @@ def _second_model(run: Run, name: str) -> nn.Module:
     return configured.to(run.device)
 
 
-def adapt_model(run: Run, hooks: Hooks, features: bool) -> None:
+def adapt_model(run: Run, hooks: Hooks, *, features: bool, logits: bool) -> None:
     """Apply adapters, find the embedding sites, compile, add run modules, fix the parameter sets.
 
     Args:
         features: a method of the stack reads hidden states, so that every layer must be computed in full.
+        logits: a method of the stack reads logits, so that a language model's must be computed in full.
     """
     run.model = hooks.transform("transform_model", run, run.model, expect=nn.Module).to(run.device)
     probe = _probe_batch(run)
@@ -158,6 +160,9 @@ def adapt_model(run: Run, hooks: Hooks, features: bool) -> None:
         run.first_position = FirstPosition.find(run.model, probe)
         if run.first_position is not None:
             run.say("the model reads its last layer at the first position only; training computes it only there")
+    if not (logits or train.compile):
+        head = run.model.get_output_embeddings() if hasattr(run.model, "get_output_embeddings") else None
+        run.lazy_head = head if kernels.why_not_patched(head) is None else None
     run.forward_model = torch.compile(run.model) if train.compile else run.model
 
 

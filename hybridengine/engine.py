@@ -133,7 +133,7 @@ class Engine:
                 return self
             run, hooks = self._run, self._hooks
             self._done.discard("initialize")  # should this fail, the next try starts from a fresh model
-            adapt_model(run, hooks, self.plan().features)
+            adapt_model(run, hooks, features=self.plan().features, logits=self.plan().logits)
             self._features = make_features(run, hooks)
             self._lengths = {name: [f["length"] for f in features] for name, features in self._features.items()}
             self._effects = EffectLog(self._resolved.methods)

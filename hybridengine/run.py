@@ -72,6 +72,7 @@ class Run:
         self.labels: list[str] = []
         self.sites: Sites | None = None
         self.first_position: FirstPosition | None = None
+        self.lazy_head: nn.Module | None = None
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.step = 0

@@ -5,6 +5,8 @@
     loss = kernels.cross_entropy(logits, target)                      # forward and gradient in one pass
     loss = kernels.linear_cross_entropy(hidden, head.weight, target)  # the logits of all rows never exist
     delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
+    with kernels.patch(model):                                        # a whole language model's loss, the same way
+        loss = model(input_ids, labels=labels).loss
     with kernels.fast_forward():                                      # a model's own dropout, GELU, ..., on CPUs
         output = model(**inputs)
     kernels.explain()                                                 # which implementation runs, and why not another
@@ -20,6 +22,8 @@ from hybridengine.kernels.dropout import dropout
 from hybridengine.kernels.embedding import embedding
 from hybridengine.kernels.forward import fast_forward
 from hybridengine.kernels.gelu import gelu
+from hybridengine.kernels.label_row_head import label_row_head
+from hybridengine.kernels.lazy_logits import LazyLogits, patch, why_not_patched
 from hybridengine.kernels.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from hybridengine.kernels.memory import pool_report, release_pool, tune_allocator
 from hybridengine.kernels.native import set_isa
@@ -28,6 +32,7 @@ from hybridengine.kernels.perturb import perturb_step
 
 __all__ = [
     "CrossEntropyLoss",
+    "LazyLogits",
     "LinearCrossEntropyLoss",
     "Row",
     "cross_entropy",
@@ -36,7 +41,9 @@ __all__ = [
     "explain",
     "fast_forward",
     "gelu",
+    "label_row_head",
     "linear_cross_entropy",
+    "patch",
     "perturb_step",
     "pool_report",
     "read_environment",
@@ -46,4 +53,5 @@ __all__ = [
     "total_norm",
     "tune_allocator",
     "used",
+    "why_not_patched",
 ]

@@ -127,6 +127,7 @@ class Context(Gradients):
                 dropout_key(device, view.key),
                 kernels.fast_forward() if self._is_fast(target, batch) else _NOTHING,
                 self._shortcut(target, features),
+                self._lazily(target),
                 self.sites.armed(view.delta) if view.delta else _NOTHING,
                 self.run.precision.autocast(device),
             ):
@@ -149,6 +150,16 @@ class Context(Gradients):
         """Training passes compute the last layer where it is read; evaluation stays as `best/` will be, to the bit."""
         short = self.run.first_position
         return short.armed() if short and not features and target is self.run.model and target.training else _NOTHING
+
+    def _lazily(self, target: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Training passes make logits only where they are read; evaluation stays as `best/` will be, to the bit."""
+        head = self.run.lazy_head
+        if head is None or target is not self.run.model or not target.training:
+            return _NOTHING
+        return kernels.patch(head, on_read=self._logits_are_read)
+
+    def _logits_are_read(self) -> None:
+        self.trace.logits = True
 
     def _is_fast(self, target: nn.Module, batch: Batch) -> bool:
         """Whether the forward runs on a CPU, eagerly and once: checkpointing would recompute it with other masks."""

@@ -27,6 +27,7 @@ class Host(Protocol):
     step: int
     sites: Sites | None
     first_position: FirstPosition | None
+    lazy_head: nn.Module | None
     task: Any
     optimizer: Any
     scheduler: Any

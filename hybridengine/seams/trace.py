@@ -32,12 +32,14 @@ class Event:
 class Trace:
     """The passes since the last `clear`; recording can be switched off for long runs.
 
-    `features` tells whether any pass ever asked for hidden states.
+    `features` tells whether any pass ever asked for hidden states, `logits` whether any read more of the logits than a
+    cross-entropy does.
     """
 
     events: list[Event] = field(default_factory=list)
     recording: bool = True
     features: bool = False
+    logits: bool = False
 
     def add(self, kind: str, rows: int = 0, depth: int = 0) -> None:
         if self.recording:

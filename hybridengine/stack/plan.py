@@ -49,6 +49,7 @@ class Plan:
     total_steps: int
     members: list[dict[str, Any]]
     features: bool = False  # whether a method reads hidden states
+    logits: bool = False  # whether a method reads logits beyond their cross-entropy
     memory: dict[str, Any] = field(default_factory=dict)
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
@@ -84,7 +85,7 @@ def make_plan(config: Config, methods: Sequence[Method], total_steps: int, has_u
         ctx.step(ctx, make_works(run.seed, start, batches))
         phases.append(_phase(start, copies, ctx.trace.events, rows))
     members = [_member(m) for m in hooks.methods]
-    return Plan(_layers(hooks), phases, rows, stacked, total_steps, members, ctx.trace.features)
+    return Plan(_layers(hooks), phases, rows, stacked, total_steps, members, ctx.trace.features, ctx.trace.logits)
 
 
 def training_sampler(run: Run, hooks: Hooks, lengths: Sequence[int]) -> Sampler:

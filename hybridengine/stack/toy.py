@@ -93,5 +93,6 @@ def toy_run(config: Config, classes: int, per_class: int) -> tuple[Run, dict[str
     features: dict[str, list[Feature]] = {name: made for name in run.splits}
     ids = torch.zeros(2, _LENGTH, dtype=torch.long)
     run.sites = Sites(run.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    run.lazy_head = run.model.classifier  # so that the trace sees who reads logits
     run.load_model = lambda name: run.copy_of_model()
     return run, features

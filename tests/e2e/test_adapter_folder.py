@@ -31,7 +31,7 @@ def trained(tmp_path: Path, architecture: str = "bert") -> Path:
         "task": "text-classification",
         "model": {"name": str(base)},
         "data": {"train": rows, "validation": rows[:6]},
-        "train": {"epochs": 1, "batch_size": 8, "lr": 0.05},
+        "train": {"epochs": 1, "batch_size": 8, "lr": 0.05, "precision": "fp32"},  # as transformers will read it
         "methods": [{"lora": {"r": 2}}, "ema"],
         "output": str(tmp_path / "run"),
     }

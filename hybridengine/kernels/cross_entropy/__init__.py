@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from hybridengine.kernels.cross_entropy import cpu, reference
 from hybridengine.kernels.cross_entropy.options import EMPTY, REDUCTIONS, Options, is_soft
@@ -115,6 +116,26 @@ def cross_entropy(
         KernelUnavailable: if `impl` cannot run these arguments.
         ValueError: for a wrong shape or an option out of range.
     """
+    if has_torch_function_unary(logits):  # logits that are not computed yet have a way of their own
+        ourselves: Any = cross_entropy
+        result: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
+            ourselves,
+            (logits,),
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            z_loss=z_loss,
+            softcap=softcap,
+            scale=scale,
+            empty=empty,
+            return_lse=return_lse,
+            inplace=inplace,
+            impl=impl,
+        )
+        return result
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
     if empty not in EMPTY:
