@@ -20,6 +20,7 @@ Environment variables:
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -186,8 +187,10 @@ def run_ninja(folder: Path, outputs: list[Path]) -> str | None:
     print(done.stdout)
     if done.returncode == 0:
         return None
-    errors = [line for line in done.stdout.splitlines() if "error" in line.lower() or "FAILED" in line]
-    return f"the compiler failed: {(errors or done.stdout.splitlines() or ['no output'])[0].strip()}"
+    told = done.stdout.splitlines()
+    # The compiler's own words, not ninja's, where there are any.
+    errors = [line for line in told if re.search(r"error\s*:", line)] + [line for line in told if "FAILED" in line]
+    return f"the compiler failed: {(errors or told or ['no output'])[0].strip()}"
 
 
 class BuildLibraries(build_ext):

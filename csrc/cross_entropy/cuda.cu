@@ -60,13 +60,13 @@ __global__ void __launch_bounds__(kMostThreads)
   // Read before the barrier in sum_row: after it the gradient may take the logits' place.
   const float label_y = Target::soft ? 0.0f : bend(load_values<1>(row.logits + row.label), constants).y.at[0];
   const auto sums = sum_row(row, constants, shared);
-  const float log_sum = logf(sums.exponentials);
+  const float log_sum = sums.exponentials > 0.0f ? logf(sums.exponentials) : NAN;
   const float lse = sums.maximum + log_sum;
   const float s = problem.factors[0];
   // Left out where it is off: 0 * inf would be NaN.
   const float z = constants.z_loss != 0.0f ? problem.factors[1] * constants.z_loss : 0.0f;
   float loss = 0.0f, mass = row.hard;
-  if constexpr (!Target::soft) loss = row.hard * ((sums.maximum - label_y) + log_sum);
+  if constexpr (!Target::soft) loss = expected(row.hard, sums.maximum - label_y) + row.hard * log_sum;
   if constexpr (Target::dense) {
     const float dense = Target::soft ? sums.mass : constants.dense_mass;
     loss += sums.gap + dense * log_sum;

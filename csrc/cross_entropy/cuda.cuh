@@ -21,7 +21,8 @@
 //   l = h lse - sum q_j y_j = sum q_j ((M - y_j) + log S)
 //   dl / dx_j = y'_j (h p_j - q_j)
 //
-// The second form of l is the one that is computed: for logits around 1e30 the first is 0. lse itself has the gradient
+// The second form of l is the one that is computed: for logits around 1e30 the first is 0. A row of nothing but -inf, or
+// with +inf or NaN in it, has no softmax: S is 0 or NaN, and loss, lse and gradient become NaN. lse itself has the gradient
 // y'_j p_j, so a term z lse^2 only adds 2 z lse to the factor of p_j.
 
 namespace hybridengine {
@@ -153,6 +154,11 @@ struct RowSums<true> {
 // What is subtracted: not the maximum while nothing but -inf was seen, as -inf - -inf is NaN.
 __device__ __forceinline__ float shift_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
+// q times a distance. A class with q = 0 adds nothing, whatever its logit: 0 * inf would be NaN.
+__device__ __forceinline__ float expected(float share, float distance) {
+  return share == 0.0f ? 0.0f : share * distance;
+}
+
 template <bool dense>
 __device__ __forceinline__ void raise(RowSums<dense>& sums, float maximum) {
   const float shift = shift_of(maximum);
@@ -199,7 +205,7 @@ __device__ __forceinline__ RowSums<Target::dense> sum_row(const Row<Element, Tar
       const Values<count> shares = dense_shares<count>(row, column, constants);
 #pragma unroll
       for (int lane = 0; lane < count; ++lane) {
-        sums.gap += shares.at[lane] * (shift - y.at[lane]);
+        sums.gap += expected(shares.at[lane], shift - y.at[lane]);
         sums.mass += shares.at[lane];
       }
     }

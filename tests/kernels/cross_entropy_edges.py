@@ -43,7 +43,38 @@ def check_edges(implementation: Any, dtype: torch.dtype, smoothing: float, scale
     wanted = torch.nn.functional.cross_entropy(leaf * scale, target, reduction="none", label_smoothing=smoothing)
     (slope,) = torch.autograd.grad(wanted.sum(), leaf)
     torch.testing.assert_close(loss, wanted.detach(), equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert torch.equal(lse.isnan(), torch.tensor([True] * 3 + [False] * 5))
     torch.testing.assert_close(gradient.float(), slope.to(dtype).float(), equal_nan=True, rtol=1e-2, atol=1e-6)
+
+
+def check_shares_of_nothing(implementation: Any) -> None:
+    """A class without weight adds nothing, even where its logit is -inf: soft, smoothed, and as the label."""
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
+    logits[:, 7] = -float("inf")
+    kept = torch.arange(50) != 7
+    weight = kept.float()
+    soft = torch.softmax(torch.randn(2, 50, generator=torch.Generator().manual_seed(4)), -1) * weight
+    log_p = torch.log_softmax(logits.double(), -1)
+    q = {"soft": soft.double(), "smoothed": 0.1 / 50 * weight.expand(2, 50).double(), "label": torch.zeros(2, 50)}
+    targets = {"soft": (soft, None, 0.0), "smoothed": (torch.tensor([7, 7]), weight, 0.1)}
+    targets["label"] = (torch.tensor([7, 7]), weight, 0.0)
+    for name, (target, weights, smoothing) in targets.items():
+        loss, lse, gradient = torch.empty(2), torch.empty(2), torch.empty_like(logits)
+        options = (
+            weights,
+            49.0 if weights is not None else 50.0,
+            IGNORE_INDEX,
+            smoothing,
+            1.0,
+            0.0,
+            0.0,
+            torch.ones(2),
+        )
+        implementation.forward(logits, target, *options, loss, lse, gradient, None)
+        wanted = torch.where(q[name] == 0, 0.0, -q[name] * log_p).sum(-1)
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-6)
+        slope = q[name].sum(-1, keepdim=True) * log_p.exp() - q[name]
+        torch.testing.assert_close(gradient.double(), slope.double(), rtol=1e-5, atol=1e-7)
 
 
 def check_bad_labels(implementation: Any) -> None:
@@ -109,7 +140,9 @@ def check_all(implementation: Any, units: float, every: int) -> list[str]:
     for dtype, smoothing, scale in itertools.product(DTYPES, (0.0, 0.1), (1.0, 0.5)):
         name = f"edges-{dtype}-{smoothing}-{scale}"
         checks[name] = functools.partial(check_edges, dtype=dtype, smoothing=smoothing, scale=scale)
-    checks |= {one.__name__: one for one in (check_bad_labels, check_large_logits, check_far_rows)}
+    checks |= {
+        one.__name__: one for one in (check_shares_of_nothing, check_bad_labels, check_large_logits, check_far_rows)
+    }
     failures = []
     for name, one in checks.items():
         try:

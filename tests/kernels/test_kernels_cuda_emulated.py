@@ -47,6 +47,10 @@ def test_rows_without_an_ordinary_answer_are_those_of_torch(
     edges.check_edges(cuda, dtype, smoothing, scale)
 
 
+def test_classes_without_weight_add_nothing(emulation: Emulation) -> None:
+    edges.check_shares_of_nothing(cuda)
+
+
 def test_bad_labels_are_noted(emulation: Emulation) -> None:
     edges.check_bad_labels(cuda)
 

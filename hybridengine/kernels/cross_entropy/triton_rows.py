@@ -158,7 +158,7 @@ def _sum_row(
         exponentials = exponentials * tl.exp(before - shift) + tl.sum(tl.exp(y - shift), 0)
         if TARGET != LABELS:
             shares = _dense_shares(columns, inside, soft, weight, kept, uniform, TARGET, WEIGHTED)
-            gaps = tl.where(inside, shares * (shift - y), 0.0)
+            gaps = tl.where(shares == 0.0, 0.0, shares * (shift - y))  # 0 * inf would be NaN; outside they are 0
             gap += mass * (shift - _shift_of(before)) + tl.sum(gaps, 0)
             mass += tl.sum(shares, 0)
     return maximum, exponentials, gap, mass
@@ -181,13 +181,13 @@ def _count_row(
     tl.debug_barrier()
     if TARGET != SOFT:
         mass = dense_mass
-    log_sum = tl.log(exponentials)
+    log_sum = tl.where(exponentials > 0.0, tl.log(exponentials), float("nan"))
     row_lse = maximum + log_sum
     row_loss = gap * 1.0
     if TARGET != LABELS:
         row_loss += mass * log_sum
     if TARGET != SOFT:
-        row_loss += hard * ((maximum - label_y) + log_sum)
+        row_loss += tl.where(hard == 0.0, 0.0, hard * (maximum - label_y)) + hard * log_sum
     s = tl.load(factors)
     row_loss *= s
     by_probability = s * (hard + mass)
