@@ -10,8 +10,9 @@ __global__ void do_nothing() {}
 }  // namespace
 }  // namespace hybridengine
 
-// Whether the current device can run this library: 0, or an error of the CUDA runtime. Asks for a kernel's attributes,
-// because only loading one shows that the driver is new enough and that there is code for the device.
+// Whether the current device can run this library: 0, or an error of the CUDA runtime. Asks for a kernel's
+// attributes, because only loading one shows that the driver is new enough and that there is code for the
+// device.
 HE_EXPORT int hybridengine_cuda_probe() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, hybridengine::do_nothing);

@@ -1,5 +1,5 @@
-// Cross-entropy on NVIDIA GPUs: one block a row, which is read once for its sums and once more where the gradient is
-// wanted. Derivations stand in cuda.cuh.
+// Cross-entropy on NVIDIA GPUs: one block a row, which is read once for its sums and once more where the
+// gradient is wanted. Derivations stand in cuda.cuh.
 
 #include "cross_entropy/cuda.cuh"
 
@@ -9,7 +9,8 @@ namespace {
 constexpr int kMostThreads = 512;
 
 // Notes the first bad label of the launch; the host looks when it next waits for the device.
-__device__ __forceinline__ void note_bad_label(const CrossEntropyProblem& problem, int64_t index, int64_t label) {
+__device__ __forceinline__ void note_bad_label(const CrossEntropyProblem& problem, int64_t index,
+                                               int64_t label) {
   if (problem.flag == nullptr || threadIdx.x != 0) return;
   const auto number = static_cast<unsigned long long>(index + 1);
   if (atomicCAS(problem.flag, 0ull, number) != 0ull) return;
@@ -17,20 +18,22 @@ __device__ __forceinline__ void note_bad_label(const CrossEntropyProblem& proble
   problem.flag[2] = static_cast<unsigned long long>(problem.classes);
 }
 
-// Finds everything about a row; false where it does not count. The offsets are of 64 bits: rows * classes may exceed
-// 2^31.
+// Finds everything about a row; false where it does not count. The offsets are of 64 bits: rows * classes may
+// exceed 2^31.
 template <class Element, class Target>
-__device__ __forceinline__ bool open_row(const CrossEntropyProblem& problem, const Constants& constants, int64_t index,
-                                         Row<Element, Target>& row) {
+__device__ __forceinline__ bool open_row(const CrossEntropyProblem& problem, const Constants& constants,
+                                         int64_t index, Row<Element, Target>& row) {
   using Soft = typename Target::Element;
   row.logits = static_cast<const Element*>(problem.logits) + index * problem.logits_stride;
-  row.soft = Target::soft ? static_cast<const Soft*>(problem.target) + index * problem.target_stride : nullptr;
+  row.soft =
+      Target::soft ? static_cast<const Soft*>(problem.target) + index * problem.target_stride : nullptr;
   row.gradient =
       problem.gradient ? static_cast<Element*>(problem.gradient) + index * problem.gradient_stride : nullptr;
   row.weight = problem.weight;
   row.classes = static_cast<int>(problem.classes);
   row.split = split_row(row.logits, row.classes);
-  if (!is_aligned_at(row.soft, row.split.head) || !is_aligned_at(row.gradient, row.split.head)) row.split = {0, 0};
+  if (!is_aligned_at(row.soft, row.split.head) || !is_aligned_at(row.gradient, row.split.head))
+    row.split = {0, 0};
   row.label = -1;
   row.hard = 0.0f;
   if constexpr (!Target::soft) {
@@ -143,13 +146,16 @@ cudaError_t launch_targets(const CrossEntropyProblem& problem, bool is_forward, 
     return problem.smoothing == 0.0 ? launch_rows<Element, Labels>(problem, is_forward, stream)
                                     : launch_rows<Element, SmoothedLabels>(problem, is_forward, stream);
   }
-  if (kind == TargetKind::soft) return launch_rows<Element, SoftTargets<Element>>(problem, is_forward, stream);
-  if (kind == TargetKind::soft_float) return launch_rows<Element, SoftTargets<float>>(problem, is_forward, stream);
+  if (kind == TargetKind::soft)
+    return launch_rows<Element, SoftTargets<Element>>(problem, is_forward, stream);
+  if (kind == TargetKind::soft_float)
+    return launch_rows<Element, SoftTargets<float>>(problem, is_forward, stream);
   return cudaErrorInvalidValue;
 }
 
 cudaError_t launch(const CrossEntropyProblem* problem, size_t size, bool is_forward, void* stream) {
-  // A caller whose struct is another must not be believed. Columns are counted in int, with room for a last stride.
+  // A caller whose struct is another must not be believed. Columns are counted in int, with room for a last
+  // stride.
   if (size != sizeof(CrossEntropyProblem)) return cudaErrorInvalidValue;
   if (problem->rows > INT32_MAX || problem->classes > INT32_MAX - 65536) return cudaErrorInvalidValue;
   if (problem->rows <= 0 || problem->classes <= 0) return cudaSuccess;
@@ -168,12 +174,12 @@ cudaError_t launch(const CrossEntropyProblem* problem, size_t size, bool is_forw
 }  // namespace
 }  // namespace hybridengine
 
-HE_EXPORT int hybridengine_cross_entropy_forward(const hybridengine::CrossEntropyProblem* problem, size_t size,
-                                                 void* stream) {
+HE_EXPORT int hybridengine_cross_entropy_forward(const hybridengine::CrossEntropyProblem* problem,
+                                                 size_t size, void* stream) {
   return static_cast<int>(hybridengine::launch(problem, size, true, stream));
 }
 
-HE_EXPORT int hybridengine_cross_entropy_backward(const hybridengine::CrossEntropyProblem* problem, size_t size,
-                                                  void* stream) {
+HE_EXPORT int hybridengine_cross_entropy_backward(const hybridengine::CrossEntropyProblem* problem,
+                                                  size_t size, void* stream) {
   return static_cast<int>(hybridengine::launch(problem, size, false, stream));
 }

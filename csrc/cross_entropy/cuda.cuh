@@ -10,26 +10,28 @@
 
 // Cross-entropy of one row by one block. Everything is computed in float.
 //
-// A row x of V logits is first bent and scaled: y = scale x, or y = softcap tanh(scale x / softcap). With q_j the
-// weight that the target gives class j,
+// A row x of V logits is first bent and scaled: y = scale x, or y = softcap tanh(scale x / softcap). With q_j
+// the weight that the target gives class j,
 //
 //   labels        q = (1 - e) w_t onehot(t) + (e / V) w        e: label smoothing, w: class weights
 //   soft targets  q_j = w_j ((1 - e) t_j + e / V)
 //
-// M = max y, S = sum exp(y - M), lse = M + log S, p = exp(y - lse) and h = sum q, the loss and its gradient are
+// M = max y, S = sum exp(y - M), lse = M + log S, p = exp(y - lse) and h = sum q, the loss and its gradient
+// are
 //
 //   l = h lse - sum q_j y_j = sum q_j ((M - y_j) + log S)
 //   dl / dx_j = y'_j (h p_j - q_j)
 //
-// The second form of l is the one that is computed: for logits around 1e30 the first is 0. A row of nothing but -inf, or
-// with +inf or NaN in it, has no softmax: S is 0 or NaN, and loss, lse and gradient become NaN. lse itself has the gradient
-// y'_j p_j, so a term z lse^2 only adds 2 z lse to the factor of p_j.
+// The second form of l is the one that is computed: for logits around 1e30 the first is 0. A row of nothing
+// but -inf, or with +inf or NaN in it, has no softmax: S is 0 or NaN, and loss, lse and gradient become NaN.
+// lse itself has the gradient y'_j p_j, so a term z lse^2 only adds 2 z lse to the factor of p_j.
 
 namespace hybridengine {
 
 enum class TargetKind : int { labels = 0, soft = 1, soft_float = 2 };
 
-// The arguments of both passes; hybridengine/kernels/cross_entropy/cuda.py has the same struct. Strides in elements.
+// The arguments of both passes; hybridengine/kernels/cross_entropy/cuda.py has the same struct. Strides in
+// elements.
 struct CrossEntropyProblem {
   int element;      // CudaElement of logits and gradient
   int target_kind;  // TargetKind; soft targets have the logits' type or are float
@@ -46,15 +48,15 @@ struct CrossEntropyProblem {
   double scale;
   double softcap;  // 0 for none
   double z_loss;
-  const float* factors;         // on the device: s of the loss, sz of the z term
-  float* loss;                  // [rows]; forward only
-  float* lse;                   // [rows]; the forward pass writes it, the backward pass reads it
-  const float* grad_loss;       // [rows], or one for all where its stride is 0; backward only
+  const float* factors;    // on the device: s of the loss, sz of the z term
+  float* loss;             // [rows]; forward only
+  float* lse;              // [rows]; the forward pass writes it, the backward pass reads it
+  const float* grad_loss;  // [rows], or one for all where its stride is 0; backward only
   int64_t grad_loss_stride;
-  const float* grad_lse;        // [rows] or null; backward only
-  void* gradient;               // [rows, classes] or null; may be the logits themselves
+  const float* grad_lse;  // [rows] or null; backward only
+  void* gradient;         // [rows, classes] or null; may be the logits themselves
   int64_t gradient_stride;
-  unsigned long long* flag;     // three numbers: 1 + row, label, classes of the first bad label; or null
+  unsigned long long* flag;  // three numbers: 1 + row, label, classes of the first bad label; or null
 };
 
 // What every row shares, rounded once.
@@ -136,8 +138,8 @@ __device__ __forceinline__ Values<count> dense_shares(const Row<Element, Target>
   return shares;
 }
 
-// Running sums against the largest y so far. From `gap` comes sum q_j (M - y_j): it is never negative, and raising M
-// by d adds d sum q_j.
+// Running sums against the largest y so far. From `gap` comes sum q_j (M - y_j): it is never negative, and
+// raising M by d adds d sum q_j.
 template <bool dense>
 struct RowSums {
   float maximum;
@@ -185,8 +187,8 @@ struct CombineSums {
 
 // The first read of a row. The maximum ignores NaN, which then comes through the exponentials; so does +inf.
 template <class Element, class Target, class Shared>
-__device__ __forceinline__ RowSums<Target::dense> sum_row(const Row<Element, Target>& row, const Constants& constants,
-                                                          Shared& shared) {
+__device__ __forceinline__ RowSums<Target::dense> sum_row(const Row<Element, Target>& row,
+                                                          const Constants& constants, Shared& shared) {
   constexpr bool dense = Target::dense;
   RowSums<dense> nothing{};
   nothing.maximum = -INFINITY;
@@ -213,12 +215,12 @@ __device__ __forceinline__ RowSums<Target::dense> sum_row(const Row<Element, Tar
   return block_reduce(sums, nothing, shared, CombineSums{});
 }
 
-// The second read: gradient_j = y'_j (by_exponential exp(y_j - shift) - by_share q_j). Each thread writes what it alone
-// reads, so the gradient may lie where the logits do. The label's entry is a difference of numbers near each other (p - 1
-// of a confident row): it is formed in float and rounded once.
+// The second read: gradient_j = y'_j (by_exponential exp(y_j - shift) - by_share q_j). Each thread writes
+// what it alone reads, so the gradient may lie where the logits do. The label's entry is a difference of
+// numbers near each other (p - 1 of a confident row): it is formed in float and rounded once.
 template <class Element, class Target>
-__device__ __forceinline__ void write_gradient(const Row<Element, Target>& row, const Constants& constants, float shift,
-                                               float by_exponential, float by_share) {
+__device__ __forceinline__ void write_gradient(const Row<Element, Target>& row, const Constants& constants,
+                                               float shift, float by_exponential, float by_share) {
   visit_row<Element>(row.split, row.classes, [&](int column, auto size) {
     constexpr int count = decltype(size)::value;
     const Curve<count> curve = bend(load_values<count>(row.logits + column), constants);

@@ -1,6 +1,7 @@
 // Loads and unloads a library some times: for valgrind, which then sees what its static objects leave behind.
 //
-//   load_unload library.so [function]      the function takes nothing and returns an int; it is called once a time
+//   load_unload library.so [function]      the function takes nothing and returns an int; it is called once a
+//   time
 
 #include <dlfcn.h>
 #include <stdio.h>

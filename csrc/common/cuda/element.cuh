@@ -4,7 +4,8 @@
 
 #include "common/cuda/platform.cuh"
 
-// Elements of a row and how they are read: one by one, or as packs of 16 bytes where all rows involved allow it.
+// Elements of a row and how they are read: one by one, or as packs of 16 bytes where all rows involved allow
+// it.
 
 namespace hybridengine {
 
@@ -25,7 +26,9 @@ __device__ __forceinline__ float to_float(Half value) { return __half2float(valu
 
 // Rounded to nearest even.
 __device__ __forceinline__ void from_float(float value, float& element) { element = value; }
-__device__ __forceinline__ void from_float(float value, Bf16& element) { element = __float2bfloat16_rn(value); }
+__device__ __forceinline__ void from_float(float value, Bf16& element) {
+  element = __float2bfloat16_rn(value);
+}
 __device__ __forceinline__ void from_float(float value, Half& element) { element = __float2half_rn(value); }
 
 // How many neighbouring elements are worked on at once, as a type: `visit(column, Count<8>{})`.
@@ -67,15 +70,17 @@ __device__ __forceinline__ void store_values(Element* destination, const Values<
   *reinterpret_cast<Packed*>(destination) = pack;
 }
 
-// Which columns of a row are worked on as packs: `packs` of them from column `head` on; the others one by one.
+// Which columns of a row are worked on as packs: `packs` of them from column `head` on; the others one by
+// one.
 struct RowSplit {
   int head;
   int packs;
 };
 
-// Splits a row of `Element`s so that its packs are aligned. A row may start anywhere: with 50257 classes every row
-// starts elsewhere in its 16 bytes, so each finds its own head. Rows beside it (a gradient, soft targets) must reach
-// their alignment at the same column (`none` stands for no such row); otherwise nothing is packed.
+// Splits a row of `Element`s so that its packs are aligned. A row may start anywhere: with 50257 classes
+// every row starts elsewhere in its 16 bytes, so each finds its own head. Rows beside it (a gradient, soft
+// targets) must reach their alignment at the same column (`none` stands for no such row); otherwise nothing
+// is packed.
 template <class Element>
 __device__ __forceinline__ RowSplit split_row(const Element* row, int columns) {
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kPackBytes);
@@ -89,12 +94,13 @@ __device__ __forceinline__ bool is_aligned_at(const Beside* row, int column) {
   return row == nullptr || reinterpret_cast<uintptr_t>(row + column) % kPackBytes == 0;
 }
 
-// Calls `visit(column, Count<n>{})` for every column, shared out over the threads of the block; n is the size of a
-// pack, or 1.
+// Calls `visit(column, Count<n>{})` for every column, shared out over the threads of the block; n is the size
+// of a pack, or 1.
 template <class Element, class Visit>
 __device__ __forceinline__ void visit_row(RowSplit split, int columns, Visit visit) {
   constexpr int size = kPackSize<Element>;
-  for (int pack = threadIdx.x; pack < split.packs; pack += blockDim.x) visit(split.head + pack * size, Count<size>{});
+  for (int pack = threadIdx.x; pack < split.packs; pack += blockDim.x)
+    visit(split.head + pack * size, Count<size>{});
   const int packed = split.packs * size;
   for (int single = threadIdx.x; single < columns - packed; single += blockDim.x) {
     visit(single < split.head ? single : single + packed, Count<1>{});

@@ -1,9 +1,10 @@
 #pragma once
 
-// The CUDA runtime, or what the tests put in its place to run the same kernels on a CPU (tests/kernels/emulation).
+// The CUDA runtime, or what the tests put in its place to run the same kernels on a CPU
+// (tests/kernels/emulation).
 //
-// Kernels are launched by HE_LAUNCH and declare shared memory by HE_SHARED: the emulation turns the first into loops
-// over fibers and the second into arrays that notice a missing barrier.
+// Kernels are launched by HE_LAUNCH and declare shared memory by HE_SHARED: the emulation turns the first
+// into loops over fibers and the second into arrays that notice a missing barrier.
 
 #ifdef HE_EMULATION
 #include "emulation.h"

@@ -31,9 +31,9 @@ __device__ __forceinline__ Value warp_reduce(Value value, Combine combine) {
   return value;
 }
 
-// The combination of every thread's value, on every thread. `shared` has room for kMostWarps values and is not used
-// again by the kernel; the block is made of whole warps. Memory that other threads read before is free to be written
-// after it.
+// The combination of every thread's value, on every thread. `shared` has room for kMostWarps values and is
+// not used again by the kernel; the block is made of whole warps. Memory that other threads read before is
+// free to be written after it.
 template <class Value, class Combine, class Shared>
 __device__ __forceinline__ Value block_reduce(Value value, Value nothing, Shared& shared, Combine combine) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

@@ -1,19 +1,20 @@
 #pragma once
 
-// The part of CUDA that the kernels use, on one CPU thread: csrc/common/cuda/platform.cuh includes this in the place of
-// the CUDA headers, and g++ compiles the very same .cu.
+// The part of CUDA that the kernels use, on one CPU thread: csrc/common/cuda/platform.cuh includes this in
+// the place of the CUDA headers, and g++ compiles the very same .cu.
 //
-// Blocks run one after the other. Every thread of a block is a fiber with a stack of its own; it gives way where a GPU
-// thread may have to wait: at a barrier and at a shuffle. What is noticed, and makes the launch fail with a text:
+// Blocks run one after the other. Every thread of a block is a fiber with a stack of its own; it gives way
+// where a GPU thread may have to wait: at a barrier and at a shuffle. What is noticed, and makes the launch
+// fail with a text:
 //
 //   - a barrier that not every thread reaches, or that threads reach at different lines (divergence);
 //   - a shuffle that not every lane of the warp takes part in;
-//   - shared memory read or written by one thread and written by another without a barrier between (a race), or read
+//   - shared memory touched by two threads, one of them writing, without a barrier between (a race), read
 //     before it was written, or out of bounds;
 //   - a pack that is loaded from or stored to an unaligned address.
 //
-// The order in which fibers run can be changed: correct kernels give the same bits in each. Nothing is said of speed, of
-// the memory model within a warp, or of the accuracy of approximate instructions.
+// The order in which fibers run can be changed: correct kernels give the same bits in each. Nothing is said
+// of speed, of the memory model within a warp, or of the accuracy of approximate instructions.
 
 #include <cmath>
 #include <cstdint>

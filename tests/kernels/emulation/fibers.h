@@ -28,9 +28,9 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   State state;
-  int line;                 // of the barrier it waits at
-  int shuffles;             // how many it took part in: even and odd ones use different slots
-  uint32_t offered[2];      // what the other lanes of its warp may take
+  int line;             // of the barrier it waits at
+  int shuffles;         // how many it took part in: even and odd ones use different slots
+  uint32_t offered[2];  // what the other lanes of its warp may take
 };
 
 // Shared memory starts every block unwritten.
@@ -86,7 +86,8 @@ template <class Type>
 Type shuffle(unsigned mask, Type value, int source_lane) {
   static_assert(sizeof(Type) == sizeof(uint32_t), "a shuffle moves 4 bytes");
   if (mask != 0xffffffffu) fail("a shuffle of a part of the warp");
-  // Before anybody can offer to a slot again, all lanes have come to the next shuffle and so taken from this one.
+  // Before anybody can offer to a slot again, all lanes have come to the next shuffle and so taken from this
+  // one.
   const int slot = running().shuffles++ % 2;
   std::memcpy(&running().offered[slot], &value, sizeof(value));
   const int warp_start = machine.current - machine.current % kWarp;
@@ -117,9 +118,10 @@ inline int position_in_order(int step) {
   const int threads = machine.threads;
   if (machine.order == 0) return step;
   if (machine.order == 1) return threads - 1 - step;
-  // Blocks are whole warps, so an odd multiplier need not reach every number: take the next one that is coprime.
+  // Blocks are whole warps, so an odd multiplier need not reach every number: take the next one that is
+  // coprime.
   auto coprime = [threads](int number) {
-    for (int a = threads, b = number; ; ) {
+    for (int a = threads, b = number;;) {
       if (b == 0) return a == 1;
       const int rest = a % b;
       a = b;
@@ -147,7 +149,8 @@ inline bool release_shuffles() {
 inline void release_barrier() {
   for (int i = 0; i < machine.threads; ++i) {
     const Fiber& fiber = machine.fibers[i];
-    if (fiber.state == State::at_shuffle) machine.failure = "a shuffle that not every lane of the warp takes part in";
+    if (fiber.state == State::at_shuffle)
+      machine.failure = "a shuffle that not every lane of the warp takes part in";
     if (fiber.state == State::done) machine.failure = "a barrier that not every thread reaches";
     if (fiber.state == State::at_barrier && fiber.line != machine.fibers[0].line) {
       machine.failure = "threads wait at different barriers";
