@@ -247,8 +247,9 @@ class BuildLibraries(build_ext):
         """Give an editable checkout what a wheel would hold: the library or the reason, never a stale one."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
-            if not Path(self.get_ext_fullpath(ext.name)).exists():
-                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+            file = self.get_ext_filename(ext.name)
+            if not Path(self.build_lib, file).exists():
+                (ROOT / file).unlink(missing_ok=True)
             built_reason = Path(self.build_lib) / reason_file(ext)
             (ROOT / reason_file(ext)).unlink(missing_ok=True)
             if built_reason.exists():

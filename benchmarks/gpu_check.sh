@@ -3,7 +3,7 @@
 #
 #   OUT=somewhere benchmarks/gpu_check.sh
 #
-# There is nothing of ours to time there yet: the kernels are for CPUs, and a GPU runs their plain torch forms.
+# The kernels for GPUs are among them; nothing is timed yet.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${OUT:-benchmarks/results}")

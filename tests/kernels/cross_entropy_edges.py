@@ -117,20 +117,30 @@ def check_large_logits(implementation: Any) -> None:
     torch.testing.assert_close(gradient.double(), slope, rtol=2e-6, atol=1e-7)
 
 
-def check_far_rows(implementation: Any) -> None:
-    """Rows further than 2^32 elements away; the memory in between is never touched, so it costs nothing."""
-    rows, stride, classes = 5, 2**30 + 8, 40
+FAR_ROWS, FAR_STRIDE, FAR_CLASSES = 5, 2**30 + 8, 40
+FAR_ELEMENTS = FAR_ROWS * FAR_STRIDE
+
+
+def untouched_memory() -> Tensor:
+    """Return FAR_ELEMENTS bfloat16 of which only touched pages take memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    memory = mmap.mmap(-1, (rows * stride + classes) * 2, flags=flags)
-    logits = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((rows, classes), (stride, 1))
-    logits.copy_(torch.randn(rows, classes, generator=torch.Generator().manual_seed(2)))
-    leaf, target = logits.float().requires_grad_(), torch.arange(rows)
+    return torch.frombuffer(mmap.mmap(-1, FAR_ELEMENTS * 2, flags=flags), dtype=torch.bfloat16)
+
+
+def check_far_rows(implementation: Any, memory: Tensor | None = None) -> None:
+    """Rows further than 2^32 elements away, in `memory` of FAR_ELEMENTS bfloat16."""
+    memory = untouched_memory() if memory is None else memory
+    device = memory.device
+    logits = memory.as_strided((FAR_ROWS, FAR_CLASSES), (FAR_STRIDE, 1))
+    logits.copy_(torch.randn(FAR_ROWS, FAR_CLASSES, generator=torch.Generator().manual_seed(2)))
+    leaf, target = logits.float().requires_grad_(), torch.arange(FAR_ROWS, device=device)
     wanted = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
     (slope,) = torch.autograd.grad(wanted.sum(), leaf)
-    loss, lse = torch.empty(rows), torch.empty(rows)
-    options = (None, float(classes), IGNORE_INDEX, 0.0, 1.0, 0.0, 0.0, torch.ones(2))
+    loss, lse = torch.empty(FAR_ROWS, device=device), torch.empty(FAR_ROWS, device=device)
+    factors = torch.ones(2, device=device)
+    options = (None, float(FAR_CLASSES), IGNORE_INDEX, 0.0, 1.0, 0.0, 0.0, factors)
     implementation.forward(logits, target, *options, loss, lse, logits, None)
-    torch.testing.assert_close(loss, wanted.detach())
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.float(), slope, rtol=2**-7, atol=1e-6)
 
 

@@ -17,13 +17,13 @@ pytestmark = [
 ]
 
 
-def build(folder: Path, **environment: str) -> Path:
+def build(folder: Path, root: Path = ROOT, more: str = "", **environment: str) -> Path:
     """Run build_ext into `folder`, without the CPU kernels unless told; return where the libraries lie."""
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
     given = {"HYBRIDENGINE_NATIVE": "0", "CUDA_HOME": str(folder), "PATH": path} | environment
     kept = {k: v for k, v in os.environ.items() if k not in ("NVCC", "HYBRIDENGINE_CUDA", "HYBRIDENGINE_NATIVE")}
     command = [sys.executable, "setup.py", "build_ext", "-b", str(folder / "lib"), "-t", str(folder / "temp")]
-    subprocess.run(command, cwd=ROOT, env=kept | given, capture_output=True, text=True, check=True)
+    subprocess.run([*command, *more.split()], cwd=root, env=kept | given, capture_output=True, text=True, check=True)
     return folder / "lib" / "hybridengine" / "kernels"
 
 
@@ -33,6 +33,9 @@ def fake_nvcc(folder: Path, compiling: str) -> Path:
     nvcc.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_80 compute_90 && exit 0\n{compiling}\n')
     nvcc.chmod(0o755)
     return nvcc
+
+
+WRITES_ITS_OUTPUT = 'while [ "$1" != -o ]; do shift; done; : > "$2"; : > "$2.d"'
 
 
 def test_no_nvcc(tmp_path: Path) -> None:
@@ -60,14 +63,26 @@ def test_nvcc_that_fails_and_then_does_not(tmp_path: Path) -> None:
     assert reason == "the compiler failed: cuda.cu(1): error: it is Monday\n"
     assert not (libraries / "_cuda.so").exists()
 
-    writes_its_output = 'while [ "$1" != -o ]; do shift; done; : > "$2"; : > "$2.d"'
-    fake_nvcc(tmp_path, writes_its_output)
+    fake_nvcc(tmp_path, WRITES_ITS_OUTPUT)
     libraries = build(tmp_path, NVCC=str(nvcc))
     assert (libraries / "_cuda.so").exists() and not (libraries / "_cuda_missing.txt").exists()
 
     fake_nvcc(tmp_path, "exit 2")
     libraries = build(tmp_path, NVCC=str(nvcc))
     assert (libraries / "_cuda.so").exists(), "ninja builds nothing that is up to date"
+
+
+def test_an_editable_checkout_keeps_no_stale_library(tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copy(ROOT / "setup.py", root)
+    kernels = root / "hybridengine" / "kernels"
+    kernels.mkdir(parents=True)
+    nvcc = str(fake_nvcc(tmp_path, WRITES_ITS_OUTPUT))
+    build(tmp_path, root, "--inplace", NVCC=nvcc)
+    assert (kernels / "_cuda.so").exists() and not (kernels / "_cuda_missing.txt").exists()
+    build(tmp_path, root, "--inplace", NVCC=nvcc, HYBRIDENGINE_CUDA="0")
+    assert not (kernels / "_cuda.so").exists() and (kernels / "_cuda_missing.txt").exists()
 
 
 @pytest.mark.slow
