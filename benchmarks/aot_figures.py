@@ -182,7 +182,7 @@ def kernel_name(mangled: str) -> tuple[str, str]:
         plain = plain.replace(noise, "")
     head = re.sub(r"\([^()]*\)$", "", plain)
     name, _, arguments = head.partition("<")
-    return name, arguments.removesuffix(">").replace("__half", "half")
+    return name, arguments.removesuffix(">").replace("__half", "half").strip()
 
 
 def print_table(figures: list[Figures]) -> None:

@@ -114,6 +114,13 @@ def test_what_would_be_read_wrongly_is_refused(
         cuda.forward(*arguments, torch.empty(3), torch.empty(3), given["gradient"], None)
 
 
+def test_an_expanded_gradient_of_the_lse_is_refused(emulation: Emulation) -> None:
+    logits, target, lse = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
+    arguments = (logits, target, None, 5.0, -100, 0.0, 1.0, 0.0, 0.0, torch.ones(2), lse, torch.ones(()))
+    with pytest.raises(ValueError, match=r"expected contiguous float32 \[3\]"):
+        cuda.backward(*arguments, torch.ones(()).expand(3), torch.empty(3, 5))
+
+
 KERNEL, ROW, REDUCE, ELEMENT = (
     "cross_entropy/cuda.cu",
     "cross_entropy/cuda.cuh",

@@ -10,7 +10,7 @@ import ctypes
 from torch import Tensor
 
 from hybridengine.kernels import cuda_library
-from hybridengine.kernels.cross_entropy.layout import check_rows, is_soft
+from hybridengine.kernels.cross_entropy.layout import check_rows, check_values, is_soft
 
 __all__ = ["backward", "forward"]
 
@@ -134,6 +134,7 @@ def forward(
     problem = _problem(
         logits, target, weight, weight_sum, ignore_index, smoothing, scale, softcap, z_loss, factors, lse, gradient
     )
+    check_values(len(logits), loss, lse)
     problem.loss = loss.data_ptr()
     problem.flag = _address(flag)
     cuda_library.library().launch("cross_entropy_forward", problem, logits.device)
@@ -172,6 +173,7 @@ def backward(
     problem = _problem(
         logits, target, weight, weight_sum, ignore_index, smoothing, scale, softcap, z_loss, factors, lse, gradient
     )
+    check_values(len(logits), lse, grad_lse)
     problem.grad_loss = grad_loss.data_ptr()
     problem.grad_loss_stride = grad_loss.stride(0) if grad_loss.dim() else 0
     problem.grad_lse = _address(grad_lse)

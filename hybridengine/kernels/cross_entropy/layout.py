@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ROW_DTYPES", "check_rows", "is_soft", "new_flag", "raise_if_set"]
+__all__ = ["ROW_DTYPES", "check_rows", "check_values", "is_soft", "new_flag", "raise_if_set"]
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,6 +45,17 @@ def check_rows(logits: Tensor, target: Tensor, weight: Tensor | None, gradient: 
         gradient.shape != logits.shape or gradient.dtype != logits.dtype or not _rows_are_contiguous(gradient)
     ):
         raise ValueError(f"the gradient must be like the logits, with contiguous rows, got {_describe(gradient)}")
+
+
+def check_values(rows: int, *values: Tensor | None) -> None:
+    """Refuse what is not one float32 for each row, side by side. An expanded gradient is not.
+
+    Raises:
+        ValueError: telling what the tensor is.
+    """
+    for one in values:
+        if one is not None and (one.shape != (rows,) or one.dtype != torch.float32 or not one.is_contiguous()):
+            raise ValueError(f"expected contiguous float32 [{rows}], got {_describe(one)}")
 
 
 def _rows_are_contiguous(matrix: Tensor) -> bool:

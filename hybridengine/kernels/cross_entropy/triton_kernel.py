@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridengine.kernels.cross_entropy.layout import check_rows, is_soft
+from hybridengine.kernels.cross_entropy.layout import check_rows, check_values, is_soft
 from hybridengine.kernels.cross_entropy.triton_rows import LABELS, SMOOTHED, SOFT, backward_rows, forward_rows
 
 __all__ = ["backward", "forward", "launch_options"]
@@ -80,6 +80,7 @@ def forward(
     """
     check_rows(logits, target, weight, gradient)
     rows, classes = logits.shape
+    check_values(rows, loss, lse)
     if rows == 0 or classes == 0:
         return
     with _guard(logits.device):
@@ -130,6 +131,7 @@ def backward(
     """
     check_rows(logits, target, weight, gradient)
     rows, classes = logits.shape
+    check_values(rows, lse, grad_lse)
     if rows == 0 or classes == 0:
         return
     with _guard(logits.device):
