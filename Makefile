@@ -26,11 +26,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The constraints hold the versions this project was tested with; ranges are in pyproject.toml.
-$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[demo]"
 	touch $@
 
-$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[demo,test]"
 	touch $@
 

@@ -1,36 +1,58 @@
-"""Build the native kernels. Everything else about the package is declared in pyproject.toml.
+"""Build the compiled kernels. Everything else about the package is declared in pyproject.toml.
 
-The extension is plain C++17 plus pybind11: no torch headers, no OpenMP, so an isolated build takes seconds, pulls no
-torch, and one wheel serves every torch version. One generated `build.ninja` compiles it in parallel and incrementally.
+Two libraries: `_native`, plain C++17 plus pybind11 for CPUs, and `_cuda`, plain C functions for NVIDIA GPUs, where nvcc
+is found. Neither sees a torch header nor OpenMP, so an isolated build takes seconds, pulls no torch, and one wheel
+serves every torch version. One generated `build.ninja` compiles both in parallel and incrementally.
 
-A missing or failing compiler never fails the install: the package works without its native kernels, and the reason is
-kept in `hybridengine/kernels/_native_missing.txt`, from where `hybridengine.kernels.explain()` reports it.
+A missing or failing compiler never fails the install: the package works without its compiled kernels, and the reason is
+kept beside where the library would be (`_native_missing.txt`, `_cuda_missing.txt`), from where
+`hybridengine.kernels.explain()` reports it.
 
 Environment variables:
-    HYBRIDENGINE_NATIVE=0                     skip the extension on purpose
-    HYBRIDENGINE_SANITIZE=address,undefined   build with sanitizers (run with libasan.so in LD_PRELOAD)
-    CXX, CXXFLAGS, LDFLAGS                    as usual
+    HYBRIDENGINE_NATIVE=0                     skip the CPU kernels on purpose
+    HYBRIDENGINE_CUDA=0                       skip the CUDA kernels on purpose
+    HYBRIDENGINE_CUDA=1                       call it a failure, not a matter of course, that nvcc is missing
+    HYBRIDENGINE_SANITIZE=address,undefined   build the CPU kernels with sanitizers (run with libasan.so in LD_PRELOAD)
+    CXX, CXXFLAGS, LDFLAGS                    as usual, for the CPU kernels
+    NVCC, CUDA_HOME, NVCC_CCBIN               nvcc itself, where CUDA lies, the host compiler of nvcc
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-REASON_FILE = Path("hybridengine", "kernels", "_native_missing.txt")
+NATIVE, CUDA = "hybridengine.kernels._native", "hybridengine.kernels._cuda"
+
+# Machine code for these. All of it, and the PTX that drivers compile for what comes later, is made from one pass of the
+# front end for the oldest: a pass for each would take twice the time, and no kernel uses what only newer ones have.
+CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
 class BuildFailed(Exception):
-    """The extension cannot be built here; the message is what the user will read."""
+    """A library cannot be built here; the message is what the user will read."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """How one library is built: commands up to the names of files."""
+
+    compile: list[str]
+    link: list[str]
+    link_flags: list[str]
+    sources: list[str]
+    output: Path
 
 
 def find_compiler() -> list[str]:
@@ -83,92 +105,160 @@ def link_flags() -> list[str]:
     return [*flags, "-ldl"] if sys.platform.startswith("linux") else flags
 
 
+def native_library(sources: list[str], output: Path) -> Library:
+    """Return how the CPU kernels are built."""
+    if os.environ.get("HYBRIDENGINE_NATIVE") == "0":
+        raise BuildFailed("left out on purpose at install time (HYBRIDENGINE_NATIVE=0)")
+    compiler = find_compiler()
+    return Library(compiler + compile_flags(), compiler, link_flags(), sources, output)
+
+
+def find_nvcc() -> str:
+    """Return nvcc: `NVCC`, below `CUDA_HOME`, on PATH, or where CUDA's installer puts it."""
+    requested = os.environ.get("HYBRIDENGINE_CUDA")
+    if requested == "0":
+        raise BuildFailed("left out on purpose at install time (HYBRIDENGINE_CUDA=0)")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    candidates = [os.environ.get("NVCC"), shutil.which("nvcc", path=f"{home}/bin"), shutil.which("nvcc")]
+    for candidate in filter(None, candidates):
+        if shutil.which(candidate):
+            return candidate
+    raise BuildFailed("nvcc was not found at install time" + (", as HYBRIDENGINE_CUDA=1 demands" if requested else ""))
+
+
+def cuda_library(sources: list[str], output: Path) -> Library:
+    """Return how the CUDA kernels are built."""
+    nvcc = find_nvcc()
+    try:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildFailed(f"nvcc cannot be run: {error}") from error
+    known = [number for number in CUDA_ARCHITECTURES if f"compute_{number}" in listed]
+    if not known:
+        raise BuildFailed(f"nvcc knows none of the architectures {', '.join(CUDA_ARCHITECTURES)}")
+    codes = ",".join([f"sm_{number}" for number in known] + [f"compute_{known[0]}"])
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+    flags += ["-gencode", f"arch=compute_{known[0]},code=[{codes}]"]
+    # The runtime inside must not be mistaken for the one of torch: none of its symbols is seen.
+    link = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL,-Bsymbolic"]
+    return Library([nvcc, *flags], [nvcc], link, sources, output)
+
+
 def ninja_path(path: Path | str) -> str:
     """Escape a path for ninja's syntax."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_build_file(folder: Path, sources: list[str], output: Path) -> None:
-    """Write `folder/build.ninja`: one compile edge per source and one link edge."""
+def write_build_file(folder: Path, libraries: list[Library]) -> None:
+    """Write `folder/build.ninja`: for each library one compile edge per source and one link edge."""
 
     def command(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    compiler = find_compiler()
-    lines = [
-        "ninja_required_version = 1.5",
-        f"compile = {command(compiler + compile_flags())}",
-        f"link = {command(compiler)}",
-        f"link_flags = {command(link_flags())}",
-        "rule compile",
-        "  command = $compile -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $in",
-        "rule link",
-        "  command = $link $in -o $out $link_flags",
-        "  description = link $out",
-    ]
-    objects = []
-    for source in sources:
-        objects.append(ninja_path(Path(source).with_suffix(".o")))
-        lines.append(f"build {objects[-1]}: compile {ninja_path(ROOT / source)}")
-    lines += [f"build {ninja_path(output)}: link {' '.join(objects)}", f"default {ninja_path(output)}", ""]
+    lines = ["ninja_required_version = 1.5"]
+    for library in libraries:
+        name = library.output.name.partition(".")[0]
+        lines += [
+            f"rule compile{name}",
+            f"  command = {command(library.compile)} -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in",
+            f"rule link{name}",
+            f"  command = {command(library.link)} $in -o $out {command(library.link_flags)}",
+            "  description = link $out",
+        ]
+        objects = []
+        for source in library.sources:
+            objects.append(ninja_path(Path(source + ".o")))
+            lines.append(f"build {objects[-1]}: compile{name} {ninja_path(ROOT / source)}")
+        lines.append(f"build {ninja_path(library.output)}: link{name} {' '.join(objects)}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-class BuildNative(build_ext):
+def run_ninja(folder: Path, outputs: list[Path]) -> str | None:
+    """Build `outputs`, as many as can be; return why one failed."""
+    command = [find_ninja(), "-C", str(folder), "-k", "0", *map(str, outputs)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        raise BuildFailed(f"the build could not be started: {error}") from error
+    print(done.stdout)
+    if done.returncode == 0:
+        return None
+    told = done.stdout.splitlines()
+    # The compiler's own words, not ninja's, where there are any.
+    errors = [line for line in told if re.search(r"error\s*:", line)] + [line for line in told if "FAILED" in line]
+    return f"the compiler failed: {(errors or told or ['no output'])[0].strip()}"
+
+
+class BuildLibraries(build_ext):
     """Builds through ninja; on failure notes the reason and lets the install go on."""
 
-    def build_extension(self, ext: Extension) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name the CUDA library plainly: it is no Python module."""
+        name: str = super().get_ext_filename(fullname)
+        is_cuda = fullname.rpartition(".")[2] == CUDA.rpartition(".")[2]  # it is asked for with and without the package
+        return str(Path(name).with_name("_cuda.so")) if is_cuda else name
+
+    def build_extensions(self) -> None:
+        libraries: dict[str, Library] = {}
+        failures: dict[str, str] = {}
+        for ext in self.extensions:
+            output = Path(self.get_ext_fullpath(ext.name)).resolve()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                make = cuda_library if ext.name == CUDA else native_library
+                libraries[ext.name] = make(list(ext.sources), output)
+            except (BuildFailed, ImportError) as failure:
+                failures[ext.name] = str(failure)
         try:
-            if os.environ.get("HYBRIDENGINE_NATIVE") == "0":
-                raise BuildFailed("left out on purpose at install time (HYBRIDENGINE_NATIVE=0)")
-            self.run_ninja(ext, output)
+            failures |= self.build_libraries(libraries)
         except BuildFailed as failure:
-            output.unlink(missing_ok=True)  # a stale library must not outlive a failed build
-            self.note_reason(str(failure))
-            self.warn(f"hybridengine is installed without its native kernels: {failure}")
-        else:
-            self.note_reason(None)
+            failures |= dict.fromkeys(libraries, str(failure))
+        for ext in self.extensions:
+            self.note(ext, failures.get(ext.name))
 
-    def run_ninja(self, ext: Extension, output: Path) -> None:
-        """Compile and link `ext` into `output`."""
+    def build_libraries(self, libraries: dict[str, Library]) -> dict[str, str]:
+        """Compile and link; return why, for each that could not be built."""
         folder = Path(self.build_temp).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_build_file(folder, list(ext.sources), output)
-            command = [find_ninja(), "-C", str(folder)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        except (OSError, ImportError) as error:
-            raise BuildFailed(f"the build could not be started: {error}") from error
-        print(done.stdout)
-        if done.returncode != 0:
-            errors = [line for line in done.stdout.splitlines() if "error" in line.lower() or "FAILED" in line]
-            raise BuildFailed(
-                f"the compiler failed: {(errors or done.stdout.splitlines() or ['no output'])[0].strip()}"
-            )
+        write_build_file(folder, list(libraries.values()))
+        if not libraries or run_ninja(folder, [library.output for library in libraries.values()]) is None:
+            return {}
+        # Only now, one by one, whose failure it was: what was built is not built again.
+        reasons = {name: run_ninja(folder, [library.output]) for name, library in libraries.items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
-    def note_reason(self, reason: str | None) -> None:
+    def note(self, ext: Extension, failure: str | None) -> None:
         """Keep why the library is missing beside where it would be."""
-        path = Path(self.build_lib) / REASON_FILE
+        path = Path(self.build_lib) / reason_file(ext)
         path.unlink(missing_ok=True)
-        if reason is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(reason + "\n", encoding="utf-8")
+        if failure is None:
+            return
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # a stale one must not outlive a failed build
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(failure + "\n", encoding="utf-8")
+        kind = "CUDA" if ext.name == CUDA else "native"
+        if ext.name != CUDA or os.environ.get("HYBRIDENGINE_CUDA") == "1":
+            self.warn(f"hybridengine is installed without its {kind} kernels: {failure}")
 
     def copy_extensions_to_source(self) -> None:
         """Give an editable checkout what a wheel would hold: the library or the reason, never a stale one."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
-            if not Path(self.get_ext_fullpath(ext.name)).exists():
-                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
-        built_reason = Path(self.build_lib) / REASON_FILE
-        (ROOT / REASON_FILE).unlink(missing_ok=True)
-        if built_reason.exists():
-            shutil.copyfile(built_reason, ROOT / REASON_FILE)
+            file = self.get_ext_filename(ext.name)
+            if not Path(self.build_lib, file).exists():
+                (ROOT / file).unlink(missing_ok=True)
+            built_reason = Path(self.build_lib) / reason_file(ext)
+            (ROOT / reason_file(ext)).unlink(missing_ok=True)
+            if built_reason.exists():
+                shutil.copyfile(built_reason, ROOT / reason_file(ext))
+
+
+def reason_file(ext: Extension) -> Path:
+    """Return where it is kept why `ext` is missing."""
+    return Path(*ext.name.split(".")[:-1], f"{ext.name.split('.')[-1]}_missing.txt")
 
 
 def relative_files(*patterns: str) -> list[str]:
@@ -179,12 +269,13 @@ def relative_files(*patterns: str) -> list[str]:
 setup(
     ext_modules=[
         Extension(
-            "hybridengine.kernels._native",
+            NATIVE,
             sources=relative_files("*.cpp"),
             depends=relative_files("*.h", "*.inl"),  # part of the source distribution
             language="c++",
             optional=True,
-        )
+        ),
+        Extension(CUDA, sources=relative_files("cuda.cu"), depends=relative_files("*.cuh"), optional=True),
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildLibraries},
 )

@@ -1,0 +1,160 @@
+"""Cross-entropy in Triton: launches the kernels of `triton_rows`.
+
+The functions take what `cuda` takes, queue one kernel on the current stream and wait for nothing. They run on any GPU
+that Triton knows, and on CPU tensors in Triton's interpreter (`TRITON_INTERPRET=1`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hybridengine.kernels.cross_entropy.layout import check_rows, check_values, is_soft
+from hybridengine.kernels.cross_entropy.triton_rows import LABELS, SMOOTHED, SOFT, backward_rows, forward_rows
+
+__all__ = ["backward", "forward", "launch_options"]
+
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 4096
+
+
+def launch_options(classes: int) -> dict[str, Any]:
+    """Return how many columns a program reads at once, and by how many warps."""
+    block = min(max(triton.next_power_of_2(classes), _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    return {
+        "BLOCK": block,
+        "num_warps": 8 if block > 1024 else 4 if block > 256 else 1,
+        # A contracted `scale * x - maximum` would leave the rounding error of the maximum: 1e22 at 1e30.
+        "enable_fp_fusion": False,
+    }
+
+
+def _guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' own is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _constants(
+    classes: int, weight_sum: float, smoothing: float, scale: float, softcap: float, z_loss: float
+) -> dict[str, float]:
+    """Return what every row shares."""
+    uniform = smoothing / classes
+    return {
+        "kept": 1.0 - smoothing,
+        "uniform": uniform,
+        "dense_mass": uniform * weight_sum,
+        "scale": float(scale),
+        "inner": scale / softcap if softcap > 0 else 0.0,
+        "softcap": float(softcap),
+        "z_loss": float(z_loss),
+    }
+
+
+def _target_kind(target: Tensor, smoothing: float) -> int:
+    kind: int = (SOFT if is_soft(target) else SMOOTHED if smoothing else LABELS).value
+    return kind
+
+
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_sum: float,
+    ignore_index: int,
+    smoothing: float,
+    scale: float,
+    softcap: float,
+    z_loss: float,
+    factors: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    gradient: Tensor | None,
+    flag: Tensor | None,
+) -> None:
+    """Write the loss and logsumexp of each row, and the unit gradient if `gradient` is given.
+
+    Arguments and errors are those of `cuda.forward`.
+    """
+    check_rows(logits, target, weight, gradient)
+    rows, classes = logits.shape
+    check_values(rows, loss, lse)
+    if rows == 0 or classes == 0:
+        return
+    with _guard(logits.device):
+        forward_rows[(rows,)](
+            logits,
+            logits.stride(0),
+            target,
+            target.stride(0),
+            weight,
+            factors,
+            loss,
+            lse,
+            gradient,
+            0 if gradient is None else gradient.stride(0),
+            flag,
+            ignore_index,
+            classes,
+            **_constants(classes, weight_sum, smoothing, scale, softcap, z_loss),
+            TARGET=_target_kind(target, smoothing),
+            WEIGHTED=weight is not None,
+            CAPPED=softcap > 0,
+            Z=z_loss != 0,
+            GRADIENT=gradient is not None,
+            FLAGGED=flag is not None,
+            **launch_options(classes),
+        )
+
+
+def backward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_sum: float,
+    ignore_index: int,
+    smoothing: float,
+    scale: float,
+    softcap: float,
+    z_loss: float,
+    factors: Tensor,
+    lse: Tensor,
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    gradient: Tensor,
+) -> None:
+    """Write the gradient for the incoming gradients of `forward`'s outputs.
+
+    Arguments and errors are those of `cuda.backward`.
+    """
+    check_rows(logits, target, weight, gradient)
+    rows, classes = logits.shape
+    check_values(rows, lse, grad_lse)
+    if rows == 0 or classes == 0:
+        return
+    with _guard(logits.device):
+        backward_rows[(rows,)](
+            logits,
+            logits.stride(0),
+            target,
+            target.stride(0),
+            weight,
+            factors,
+            lse,
+            grad_loss,
+            grad_loss.stride(0) if grad_loss.dim() else 0,
+            grad_lse,
+            gradient,
+            gradient.stride(0),
+            ignore_index,
+            classes,
+            **_constants(classes, weight_sum, smoothing, scale, softcap, z_loss),
+            TARGET=_target_kind(target, smoothing),
+            WEIGHTED=weight is not None,
+            CAPPED=softcap > 0,
+            Z=z_loss != 0,
+            LSE_GRADIENT=grad_lse is not None,
+            **launch_options(classes),
+        )
