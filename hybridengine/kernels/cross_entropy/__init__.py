@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from hybridengine.kernels.cross_entropy import cpu, reference
+from hybridengine.kernels import cuda_library, triton_runtime
+from hybridengine.kernels.cross_entropy import cpu, gpu, reference
 from hybridengine.kernels.cross_entropy.options import EMPTY, REDUCTIONS, Options, is_soft
 from hybridengine.kernels.dispatch import Implementation, Operation
 
@@ -23,6 +24,8 @@ def _run_reference(
 
 OPERATION = Operation(
     "cross_entropy",
+    Implementation("cuda", gpu.run_cuda, cuda_library.why_missing, gpu.why_not_cuda, gpu.why_slower),
+    Implementation("triton", gpu.run_triton, triton_runtime.why_missing, gpu.why_not_triton, gpu.why_slower),
     Implementation("cpu", cpu.run, cpu.why_missing, cpu.why_not, cpu.why_slower),
     Implementation("reference", _run_reference),
 )

@@ -240,6 +240,8 @@ def run_operator(
         result: tuple[Tensor, Tensor] = operators.apply(_InPlace, logits, target, weight, impl, *options)
         return result
     function = _Transformable if transformed else _CrossEntropy
-    # Where a gradient may come in for the lse, the whole gradient is left to one pass of the backward.
-    loss, lse, _ = operators.apply(function, logits, target, weight, wanted and not want_lse, impl, *options)
+    # Where a gradient may come in for the lse, the whole gradient is left to one pass of the backward; in float16 too,
+    # where the loss scale that comes in keeps small probabilities above the smallest number.
+    early = wanted and not want_lse and logits.dtype != torch.float16
+    loss, lse, _ = operators.apply(function, logits, target, weight, early, impl, *options)
     return loss, lse

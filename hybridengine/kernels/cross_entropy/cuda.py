@@ -10,7 +10,8 @@ import ctypes
 from torch import Tensor
 
 from hybridengine.kernels import cuda_library
-from hybridengine.kernels.cross_entropy.layout import check_rows, check_values, is_soft
+from hybridengine.kernels.cross_entropy.layout import check_rows, check_values
+from hybridengine.kernels.cross_entropy.options import is_soft
 
 __all__ = ["backward", "forward"]
 

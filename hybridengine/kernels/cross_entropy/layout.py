@@ -9,14 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ROW_DTYPES", "check_rows", "check_values", "is_soft", "new_flag", "raise_if_set"]
+from hybridengine.kernels.cross_entropy.options import is_soft
+
+__all__ = ["ROW_DTYPES", "check_rows", "check_values", "new_flag", "raise_if_set"]
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def is_soft(target: Tensor) -> bool:
-    """Whether `target` holds a distribution [N, V] for each row, not a label [N]."""
-    return target.dim() == 2
 
 
 def check_rows(logits: Tensor, target: Tensor, weight: Tensor | None, gradient: Tensor | None) -> None:

@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridengine.kernels.cross_entropy.layout import check_rows, check_values, is_soft
+from hybridengine.kernels.cross_entropy.layout import check_rows, check_values
+from hybridengine.kernels.cross_entropy.options import is_soft
 from hybridengine.kernels.cross_entropy.triton_rows import LABELS, SMOOTHED, SOFT, backward_rows, forward_rows
 
 __all__ = ["backward", "forward", "launch_options"]

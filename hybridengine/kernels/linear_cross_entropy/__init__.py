@@ -7,10 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from hybridengine.kernels import cuda_library, triton_runtime
 from hybridengine.kernels.cross_entropy import cross_entropy
 from hybridengine.kernels.cross_entropy.options import EMPTY, REDUCTIONS, Options, is_soft
 from hybridengine.kernels.dispatch import Implementation, Operation
-from hybridengine.kernels.linear_cross_entropy import cpu, reference
+from hybridengine.kernels.linear_cross_entropy import cpu, gpu, reference
 from hybridengine.kernels.linear_cross_entropy.blocked import classes_per_block
 from hybridengine.kernels.linear_cross_entropy.chunks import rows_per_chunk
 from hybridengine.kernels.linear_cross_entropy.rows import Head, Split
@@ -24,6 +25,8 @@ def _run_reference(head: Head, options: Options, want_lse: bool, split: Split) -
 
 OPERATION = Operation(
     "linear_cross_entropy",
+    Implementation("cuda", gpu.run_cuda, cuda_library.why_missing, gpu.why_not_cuda, gpu.why_slower),
+    Implementation("triton", gpu.run_triton, triton_runtime.why_missing, gpu.why_not_triton, gpu.why_slower),
     Implementation("cpu", cpu.run, cpu.why_missing, cpu.why_not, cpu.why_slower),
     Implementation("reference", _run_reference),
 )

@@ -48,7 +48,7 @@ def run(
     options: Options,
     block: int,
     wanted: Wanted,
-    factors: tuple[float, float],
+    factors: tuple[float | Tensor, float | Tensor],
     by_loss: Tensor | None = None,
     by_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
@@ -79,7 +79,7 @@ def _run(
     options: Options,
     block: int,
     wanted: Wanted,
-    factors: tuple[float, float],
+    factors: tuple[float | Tensor, float | Tensor],
     by_loss: Tensor | None,
     by_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Gradients]:

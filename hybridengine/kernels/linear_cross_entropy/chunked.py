@@ -3,8 +3,6 @@
 Each chunk is multiplied by the head, turned into its own gradient in place, and multiplied back, so that the logits of
 all rows never exist. Sums over chunks, above all the head's gradient, are kept in float32 (float64 for float64) and
 rounded once at the end: the result depends on the number of rows in a chunk only through the order of those sums.
-Half-precision tensors are widened block by block: products of bfloat16 numbers are exact in float32, while logits or
-probabilities rounded to bfloat16 would be wrong by up to 0.4%.
 """
 
 from __future__ import annotations
@@ -15,16 +13,15 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native
+from hybridengine.kernels.linear_cross_entropy.products import Products
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, RowKernel, Wanted
 
 __all__ = ["run"]
 
-# Classes of a half-precision head that are widened at a time.
-_BLOCK = 4096
-
 
 def run(
     kernel: RowKernel,
+    products: Products,
     head: Head,
     index: Tensor | None,
     chunk_rows: int,
@@ -36,6 +33,7 @@ def run(
 
     Args:
         kernel: cross-entropy of a chunk.
+        products: with the head.
         head: the tensors.
         index: the rows that count (`counted_rows`); the others get zeros and cost nothing.
         chunk_rows: rows of logits at a time.
@@ -49,8 +47,9 @@ def run(
     lse = torch.zeros_like(loss)
     sums = _Sums(head, wanted, index is None, dtype)
     for at in _chunks(rows, index, chunk_rows):
-        x, target = head.x[at].to(dtype), head.target[at].contiguous()
-        logits = _logits(x, head, sums.buffer(len(x), classes))
+        x, target = products.rows(head.x[at]), head.target[at].contiguous()
+        logits = sums.buffer(len(x), classes)
+        products.logits(x, head.bias, logits)
         chunk_loss, chunk_lse = (torch.empty(len(x), dtype=dtype, device=x.device) for _ in range(2))
         kernel(
             logits,
@@ -62,7 +61,8 @@ def run(
             by_lse=None if by_lse is None else by_lse[at].contiguous(),
         )
         loss[at], lse[at] = chunk_loss, chunk_lse
-        sums.add(at, x, logits)
+        if any(wanted):
+            sums.add(at, x, products.gradient(logits), products)
     return loss, lse, sums.result()
 
 
@@ -72,23 +72,6 @@ def _chunks(rows: int, index: Tensor | None, size: int) -> Iterator[slice | Tens
         return
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
-
-
-def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in `dtype`: whole where it has it, otherwise block by block."""
-    if weight.dtype == dtype:
-        yield slice(None), weight
-        return
-    for start in range(0, len(weight), _BLOCK):
-        yield slice(start, start + _BLOCK), weight[start : start + _BLOCK].to(dtype)
-
-
-def _logits(x: Tensor, head: Head, out: Tensor) -> Tensor:
-    for at, block in _blocks(head.weight, x.dtype):
-        torch.mm(x, block.t(), out=out[:, at])
-    if head.bias is not None:
-        out += head.bias
-    return out
 
 
 class _Sums:
@@ -113,23 +96,15 @@ class _Sums:
             self.chunk = _empty((rows, classes), self.dtype, self.head.x.device)
         return self.chunk[:rows]
 
-    def add(self, at: slice | Tensor, x: Tensor, gradient: Tensor) -> None:
+    def add(self, at: slice | Tensor, x: Tensor, gradient: Tensor, products: Products) -> None:
         """Add what a chunk of rows `x` with the gradient of its logits contributes."""
         if self.x is not None:
-            self.x[at] = self._of_x(gradient).to(self.x.dtype)
+            self.x[at] = products.of_x(gradient).to(self.x.dtype)
         if self.weight is not None:
-            torch.addmm(self.weight, gradient.t(), x, beta=1 if self.started else 0, out=self.weight)
+            products.add_of_weight(self.weight, gradient, x, first=not self.started)
         if self.bias is not None:
-            self.bias += gradient.sum(0)
+            self.bias += gradient.sum(0, dtype=self.dtype)
         self.started = True
-
-    def _of_x(self, gradient: Tensor) -> Tensor:
-        total: Tensor | None = None
-        for at, block in _blocks(self.head.weight, self.dtype):
-            part = gradient[:, at]
-            total = part @ block if total is None else total.addmm_(part, block)
-        assert total is not None
-        return total
 
     def result(self) -> Gradients:
         """The gradients, rounded once."""

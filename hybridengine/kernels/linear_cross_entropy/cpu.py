@@ -14,6 +14,7 @@ from hybridengine.kernels.cross_entropy.options import Options, is_soft
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
 from hybridengine.kernels.linear_cross_entropy.autograd import run_operator
+from hybridengine.kernels.linear_cross_entropy.products import Wide
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted, counted_rows
 from hybridengine.kernels.modes import why_not_transformed
 
@@ -99,7 +100,9 @@ def _run(
             )
         else:
             rows = _Rows(class_weight, options, factors)
-            loss, lse, gradients = chunked.run(rows, head, index, split.chunk_rows, wanted, by_loss, by_lse)
+            loss, lse, gradients = chunked.run(
+                rows, Wide(head.weight, dtype), head, index, split.chunk_rows, wanted, by_loss, by_lse
+            )
     return reduced(loss, options, factors), lse, gradients
 
 

@@ -1,0 +1,91 @@
+"""The losses by Triton from end to end, run with TRITON_INTERPRET=1: `interpreted_losses.py EXAMPLES`.
+
+Operators, autograd and the chunks around the kernels are the real ones. Only the products of half-precision matrices,
+which a CPU cannot sum in float32, are made another way.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interpreter import repair_loop_bounds
+from loss_cases import Problem, assert_as_good_as_torch, problems
+from torch import Tensor
+
+from hybridengine import kernels
+from hybridengine.kernels.linear_cross_entropy import gpu
+from hybridengine.kernels.linear_cross_entropy.products import Half
+
+repair_loop_bounds()
+examples = int(sys.argv[1])
+quick = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+loss_by = partial(kernels.cross_entropy, impl="triton")
+linear_by = partial(kernels.linear_cross_entropy, impl="triton")
+
+
+@quick
+@given(problem=problems(classes=[1, 2, 17, 77, 300], dtypes=[torch.float32]))
+def cross_entropy(problem: Problem) -> None:
+    """Loss, lse and gradient, by way of the lse and without it."""
+    with_lse = problem.outcome(partial(loss_by, return_lse=True), torch.float32)
+    assert_as_good_as_torch(problem, with_lse)
+    if not problem.use_lse:
+        loss, _, gradient = problem.outcome(lambda *a, **o: (loss_by(*a, **o), torch.zeros(1)), torch.float32)
+        assert_as_good_as_torch(problem, (loss, with_lse[1], gradient))
+
+
+@quick
+@given(problem=problems(classes=[2, 17, 77], dtypes=[torch.float32]), chunk_rows=st.integers(1, 9))
+def linear_cross_entropy(problem: Problem, chunk_rows: int) -> None:
+    """With the identity as head, the gradient of x is that of the logits."""
+    head = torch.eye(problem.logits.shape[1])
+    options = dict(problem.options)
+    class_weight = options.pop("weight", None)
+
+    def run(x: Tensor, target: Tensor, **more: Any) -> Any:
+        more.pop("weight", None)
+        return linear_by(x, head, target, class_weight=class_weight, chunk_rows=chunk_rows, return_lse=True, **more)
+
+    assert_as_good_as_torch(problem, problem.outcome(run, torch.float32))
+
+
+def half_precision() -> None:
+    """bfloat16 with rounded gradients of the logits, as on tensor cores, within their rounding of float64."""
+
+    def product(self: Half, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
+        made = a.float() @ b.float()
+        out.copy_(made if first else out + made)
+
+    Half._product = product  # type: ignore[method-assign]
+    gpu._products = lambda head: Half(head.weight, torch.bfloat16)
+    x, weight = torch.randn(20, 8).bfloat16(), torch.randn(50, 8)
+    target = torch.randint(0, 50, (20,))
+    leaves = [one.clone().requires_grad_() for one in (x, weight)]
+    linear_by(*leaves, target, chunk_rows=6).backward()
+    exact = [x.double().requires_grad_(), weight.bfloat16().double().requires_grad_()]
+    F.cross_entropy(exact[0] @ exact[1].t(), target).backward()
+    for leaf, one in zip(leaves, exact, strict=True):
+        # Each entry of the logits' gradient is rounded once (half of 2^-7), and so is the result.
+        assert float((leaf.grad.double() - one.grad).norm() / one.grad.norm()) < 2**-7
+
+
+def a_bad_label() -> None:
+    """Named as on the CPU."""
+    try:
+        loss_by(torch.randn(3, 5), torch.tensor([0, 7, 1]))
+    except IndexError as error:
+        assert "target[1] = 7 is not one of the 5 classes" in str(error)
+    else:
+        raise AssertionError("a label that is no class went through")
+
+
+torch.manual_seed(0)
+for check in (cross_entropy, linear_cross_entropy, half_precision, a_bad_label):
+    check()
+print("all pass")
