@@ -102,7 +102,8 @@ def _chunked(logits: LazyLogits, chunks: int, dim: int = 0) -> Any:
 def _chosen(logits: LazyLogits, index: Any) -> Any:
     """Positions by an index that leaves the classes alone; or some classes, whose rows of the head suffice."""
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts) and len(parts) > 1:
+    masked = any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
+    if (masked and len(parts) > 1) or sum(part is Ellipsis for part in parts) > 1:
         return NotImplemented
     taken = sum(map(_dims_taken, parts))
     dims = logits.head.x.dim()
