@@ -6,6 +6,8 @@
 // have a scale, a softcap or targets at every class, and pay for them.
 
 constexpr int64_t kBlock = 2048;
+// A smaller gradient may well be read from the cache next.
+constexpr int64_t kStreamedElements = 1 << 20;
 
 struct Block {
   double shift;         // what was subtracted: the maximum, or 0 in a block of -inf
@@ -51,6 +53,7 @@ HE_INLINE Block exponentiate_block(const Source* values, int64_t count, Accumula
   for (int64_t start = 0; start < count; start += run) {
     Vector sum = Vector{};
     each_vector<Source>(count - start < run ? count - start : run, [&](int64_t i, auto size) __attribute__((always_inline)) {
+      __builtin_prefetch((const char*)(values + start + i) + kBlock * sizeof(Source));
       const Vector value = exp_of_nonpositive(load(values + start + i, size, -__builtin_inff()) - shift);
       if (kKeep) store(exponentials + start + i, value, size);
       sum += value;
@@ -156,6 +159,23 @@ HE_INLINE Row read_row(const CrossEntropy& problem, int64_t index, const Element
   return row;
 }
 
+// gradient[i] = exponentials[i] * factor, past the cache. The factor is a number.
+template <class Element>
+HE_INLINE void stream_scaled(const Accumulator<Element>* exponentials, int64_t count, Accumulator<Element> factor,
+                             Element* gradient) {
+  using Vector = typename Lanes<Element>::Vector;
+  constexpr int vectors = Pack<Element>::vectors;
+  constexpr int64_t step = vectors * Lanes<Element>::count;
+  int64_t i = 0;
+  for (; i < count && ((uintptr_t)(gradient + i) & (HE_VECTOR_BYTES - 1)); ++i) store_one(gradient + i, exponentials[i] * factor);
+  for (; i + step <= count; i += step) {
+    Vector numbers[vectors];
+    for (int part = 0; part < vectors; ++part) numbers[part] = load(exponentials + i + part * Lanes<Element>::count) * factor;
+    stream(gradient + i, numbers);
+  }
+  for (; i < count; ++i) store_one(gradient + i, exponentials[i] * factor);
+}
+
 // gradient = dy/dx (by_p p - by_q q), blockwise, without the label's share of q.
 template <class Element, bool kShaped>
 HE_INLINE void write_gradient(const CrossEntropy& problem, int64_t index, const Element* logits,
@@ -164,16 +184,13 @@ HE_INLINE void write_gradient(const CrossEntropy& problem, int64_t index, const 
   using Vector = typename Lanes<Element>::Vector;
   using Scalar = Accumulator<Element>;
   const bool dense = kShaped && row.dense != 0.0;
+  const bool streams = gradient != logits && problem.rows * problem.classes >= kStreamedElements;
   for (int64_t start = 0; start < problem.classes; start += kBlock, ++blocks) {
     const int64_t count = problem.classes - start < kBlock ? problem.classes - start : kBlock;
     const double shift = blocks->exponentials == 0.0 ? row.maximum : blocks->shift;
     const auto factor = (Scalar)(by_p * __builtin_exp(shift - row.maximum) / row.exponentials);
-    if constexpr (!kShaped && sizeof(Element) == 4) {
-      const int64_t head = ((64 - ((uintptr_t)(gradient + start) & 63)) & 63) / 4;
-      for (int64_t i = 0; i < head && i < count; ++i) store_one(gradient + start + i, exponentials[start + i] * factor);
-      int64_t i = head;
-      for (; i + kFloatLanes <= count; i += kFloatLanes) stream(gradient + start + i, load(exponentials + start + i) * factor);
-      for (; i < count; ++i) store_one(gradient + start + i, exponentials[start + i] * factor);
+    if (!kShaped && streams && factor == factor) {
+      stream_scaled(exponentials + start, count, factor, gradient + start);
       continue;
     }
     each_vector<Element>(count, [&](int64_t i, auto size) __attribute__((always_inline)) {
@@ -186,6 +203,7 @@ HE_INLINE void write_gradient(const CrossEntropy& problem, int64_t index, const 
       store(gradient + at, value, size);
     });
   }
+  if (streams) finish_streaming();
 }
 
 template <class Element, bool kGradient, bool kShaped>
