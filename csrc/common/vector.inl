@@ -69,7 +69,7 @@ struct Pack<Bf16> {
 };
 
 // Past the cache, to an address aligned to HE_VECTOR_BYTES: what is written once and read much later must neither be
-// fetched before nor push out what is needed sooner. No NaN among the numbers.
+// fetched before nor push out what is needed sooner. No NaN among the numbers. The thread calls finish_streaming() (isa.h) when it is done.
 HE_INLINE void stream_bytes(void* target, BitLanes bits) {
 #if HE_HAS_AVX512
   __builtin_ia32_movntps512((float*)target, (FloatLanes)bits);
@@ -79,12 +79,6 @@ HE_INLINE void stream_bytes(void* target, BitLanes bits) {
   __builtin_ia32_movntps((float*)target, (FloatLanes)bits);
 #else
   __builtin_memcpy(target, &bits, sizeof(bits));
-#endif
-}
-// Before another thread reads what was streamed.
-HE_INLINE void finish_streaming() {
-#if HE_X86_DISPATCH
-  __builtin_ia32_sfence();
 #endif
 }
 HE_INLINE void stream(float* target, const FloatLanes* numbers) { stream_bytes(target, (BitLanes)numbers[0]); }
@@ -249,6 +243,23 @@ HE_INLINE typename Lanes<Element>::Vector load(const Element* source, Part part,
   for (int64_t lane = 0; lane < part.count; ++lane) vector[lane] = to_accumulator(source[lane]);
   return vector;
 }
+#if HE_HAS_AVX512
+HE_INLINE unsigned lanes_of(Part part) { return (1u << part.count) - 1u; }
+HE_INLINE FloatLanes load(const float* source, Part part, float filler) {
+  return __builtin_ia32_loadups512_mask(source, splat<FloatLanes>(filler), (unsigned short)lanes_of(part));
+}
+HE_INLINE DoubleLanes load(const double* source, Part part, float filler) {
+  return __builtin_ia32_loadupd512_mask(source, splat<DoubleLanes>((double)filler), (unsigned char)lanes_of(part));
+}
+HE_INLINE FloatLanes load(const Bf16* source, Part part, float filler) {
+  typedef int16_t ShortLanes __attribute__((vector_size(32)));
+  const auto bits = (Bf16Lanes)__builtin_ia32_loaddquhi256_mask((const short*)source, (ShortLanes){}, (unsigned short)lanes_of(part));
+  const FloatLanes loaded = (FloatLanes)(__builtin_convertvector(bits, BitLanes) << 16);
+  IntLanes number;
+  for (int lane = 0; lane < kFloatLanes; ++lane) number[lane] = lane;
+  return number < (int32_t)part.count ? loaded : splat<FloatLanes>(filler);
+}
+#endif
 
 template <class Element, class Vector>
 HE_INLINE void store(Element* target, Vector vector, Whole) {
@@ -258,6 +269,20 @@ template <class Element, class Vector>
 HE_INLINE void store(Element* target, Vector vector, Part part) {
   for (int64_t lane = 0; lane < part.count; ++lane) store_one(target + lane, vector[lane]);
 }
+#if HE_HAS_AVX512
+HE_INLINE void store(float* target, FloatLanes vector, Part part) {
+  __builtin_ia32_storeups512_mask(target, vector, (unsigned short)lanes_of(part));
+}
+HE_INLINE void store(double* target, DoubleLanes vector, Part part) {
+  __builtin_ia32_storeupd512_mask(target, vector, (unsigned char)lanes_of(part));
+}
+HE_INLINE void store(Bf16* target, FloatLanes vector, Part part) {
+  typedef int16_t ShortLanes __attribute__((vector_size(32)));
+  Bf16 all[kFloatLanes];
+  store(all, vector);
+  __builtin_ia32_storedquhi256_mask((short*)target, load_as<ShortLanes>(all), (unsigned short)lanes_of(part));
+}
+#endif
 
 // The vector with zeros where there are no elements.
 template <class Vector>

@@ -66,6 +66,7 @@ void cross_entropy(const CrossEntropy& problem, const Incoming& incoming, void* 
       write(problem.element, loss, row, result.loss);
       write(problem.element, lse, row, result.lse);
     }
+    finish_streaming();
   });
 }
 

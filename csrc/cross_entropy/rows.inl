@@ -22,6 +22,9 @@ struct Row {
   double deviations;    // sum of q (maximum - y)
 };
 
+// exp(x) for x <= 0. Most rows have one block, whose maximum is theirs.
+HE_INLINE double decay(double x) { return x == 0.0 ? 1.0 : __builtin_exp(x); }
+
 template <class Source>
 HE_INLINE double block_maximum(const Source* values, int64_t count) {
   using Vector = typename Lanes<Source>::Vector;
@@ -32,12 +35,19 @@ HE_INLINE double block_maximum(const Source* values, int64_t count) {
   for (; i + 4 * lanes <= count; i += 4 * lanes) {
     for (int part = 0; part < 4; ++part) best[part] = larger(load(values + i + part * lanes), best[part]);
   }
-  double maximum = maximum_of(larger(larger(best[0], best[1]), larger(best[2], best[3])));
-  for (; i < count; ++i) {
-    const double value = to_accumulator(values[i]);
-    maximum = value > maximum ? value : maximum;
-  }
-  return maximum;
+  best[0] = larger(larger(best[0], best[1]), larger(best[2], best[3]));
+  each_vector<Source>(count - i, [&](int64_t at, auto size) __attribute__((always_inline)) {
+    best[0] = larger(load(values + i + at, size, -__builtin_inff()), best[0]);
+  });
+  return maximum_of(best[0]);
+}
+
+// Short runs are summed in float, the runs in double: beside the 1 of the maximum, floats would round off the rest, which
+// is all there is to the gradient of a confident row.
+template <class Element, class Body>
+HE_INLINE void each_run(int64_t count, Body body) {
+  constexpr int64_t run = 8 * Lanes<Element>::count;
+  for (int64_t start = 0; start < count; start += run) body(start, count - start < run ? count - start : run);
 }
 
 // exponentials[i] = exp(values[i] - maximum of the block); the two may be the same memory.
@@ -46,20 +56,17 @@ HE_INLINE Block exponentiate_block(const Source* values, int64_t count, Accumula
   using Vector = typename Lanes<Source>::Vector;
   const double maximum = block_maximum(values, count);
   const auto shift = (Accumulator<Source>)(maximum == -__builtin_inf() ? 0.0 : maximum);
-  // Short sums in float, their sum in double: beside the 1 of the maximum, floats would round off the rest, which is all
-  // there is to the gradient of a confident row.
-  constexpr int64_t run = 8 * Lanes<Source>::count;
   DoubleLanes total = DoubleLanes{};
-  for (int64_t start = 0; start < count; start += run) {
+  each_run<Source>(count, [&](int64_t start, int64_t length) __attribute__((always_inline)) {
     Vector sum = Vector{};
-    each_vector<Source>(count - start < run ? count - start : run, [&](int64_t i, auto size) __attribute__((always_inline)) {
+    each_vector<Source>(length, [&](int64_t i, auto size) __attribute__((always_inline)) {
       __builtin_prefetch((const char*)(values + start + i) + kBlock * sizeof(Source));
       const Vector value = exp_of_nonpositive(load(values + start + i, size, -__builtin_inff()) - shift);
       if (kKeep) store(exponentials + start + i, value, size);
       sum += value;
     });
     total += widened(sum);
-  }
+  });
   return {(double)shift, sum_of(total)};
 }
 
@@ -108,13 +115,19 @@ template <class Element>
 HE_INLINE void add_dense(const CrossEntropy& problem, int64_t index, int64_t start, int64_t count,
                          const Accumulator<Element>* logits, double shift, double* mass, double* deviations) {
   using Vector = typename Lanes<Element>::Vector;
-  Vector total = Vector{}, moved = Vector{};
+  DoubleLanes total = DoubleLanes{}, moved = DoubleLanes{};
   const auto narrow = (Accumulator<Element>)shift;
-  each_vector<Element>(count, [&](int64_t i, auto size) __attribute__((always_inline)) {
-    const Vector q = dense_targets<Element>(problem, index, start + i, size);
-    const Vector deviation = narrow - load(logits + i, size, narrow);
-    total += keep(q, size);
-    moved += q == 0 ? Vector{} : keep(q * deviation, size);
+  each_run<Element>(count, [&](int64_t first, int64_t length) __attribute__((always_inline)) {
+    Vector run_total = Vector{}, run_moved = Vector{};
+    each_vector<Element>(length, [&](int64_t at, auto size) __attribute__((always_inline)) {
+      const int64_t i = first + at;
+      const Vector q = keep(dense_targets<Element>(problem, index, start + i, size), size);
+      const Vector deviation = narrow - load(logits + i, size, narrow);
+      run_total += q;
+      run_moved += q == 0 ? Vector{} : q * deviation;
+    });
+    total += widened(run_total);
+    moved += widened(run_moved);
   });
   *mass = sum_of(total);
   *deviations = sum_of(moved);
@@ -153,7 +166,7 @@ HE_INLINE Row read_row(const CrossEntropy& problem, int64_t index, const Element
   }
   const double shift = row.maximum == -__builtin_inf() ? 0.0 : row.maximum;
   for (int64_t b = 0; b < block_count; ++b) {
-    if (blocks[b].exponentials != 0.0) row.exponentials += blocks[b].exponentials * __builtin_exp(blocks[b].shift - shift);
+    if (blocks[b].exponentials != 0.0) row.exponentials += blocks[b].exponentials * decay(blocks[b].shift - shift);
   }
   if (row.dense != 0.0) row.deviations += row.dense * row.maximum - dense_shift;
   return row;
@@ -184,11 +197,12 @@ HE_INLINE void write_gradient(const CrossEntropy& problem, int64_t index, const 
   using Vector = typename Lanes<Element>::Vector;
   using Scalar = Accumulator<Element>;
   const bool dense = kShaped && row.dense != 0.0;
-  const bool streams = gradient != logits && problem.rows * problem.classes >= kStreamedElements;
+  const bool streams =
+      gradient != logits && problem.classes >= kBlock && problem.rows * problem.classes >= kStreamedElements;
   for (int64_t start = 0; start < problem.classes; start += kBlock, ++blocks) {
     const int64_t count = problem.classes - start < kBlock ? problem.classes - start : kBlock;
     const double shift = blocks->exponentials == 0.0 ? row.maximum : blocks->shift;
-    const auto factor = (Scalar)(by_p * __builtin_exp(shift - row.maximum) / row.exponentials);
+    const auto factor = (Scalar)(by_p * decay(shift - row.maximum) / row.exponentials);
     if (!kShaped && streams && factor == factor) {
       stream_scaled(exponentials + start, count, factor, gradient + start);
       continue;
@@ -203,7 +217,6 @@ HE_INLINE void write_gradient(const CrossEntropy& problem, int64_t index, const 
       store(gradient + at, value, size);
     });
   }
-  if (streams) finish_streaming();
 }
 
 template <class Element, bool kGradient, bool kShaped>
@@ -236,8 +249,9 @@ HE_INLINE RowResult finish_row(const CrossEntropy& problem, int64_t index, doubl
   if constexpr (kGradient) {
     const double by_q = by_loss * problem.loss_factor;
     const double by_p = by_q * (hard + row.dense) + by_loss * (2.0 * problem.z_factor * problem.z_loss) * lse + by_lse;
-    // The label's own entry is p - 1: formed in double, rounded once.
-    const double probability = __builtin_exp(label_logit - row.maximum) / row.exponentials;
+    // The label's own entry is p - 1: formed in double, rounded once. Where p is near 1 its exponential is 1 exactly.
+    const double kept = label < 0 ? 0.0 : (double)exponentials[label] * decay(blocks[label / kBlock].shift - row.maximum);
+    const double probability = kept / row.exponentials;
     const double label_slope = kShaped ? slope_one<Element>(problem, label_raw) : 1.0;
     double uniform = 0.0;
     if (kShaped && row.dense != 0.0) uniform = problem.smoothing / (double)classes * label_weight;

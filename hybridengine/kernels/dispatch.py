@@ -17,7 +17,18 @@ import torch
 
 from hybridengine.errors import KernelUnavailable, did_you_mean
 
-__all__ = ["ORDER", "Implementation", "Operation", "Row", "explain", "read_environment", "record", "reset_used", "used"]
+__all__ = [
+    "ORDER",
+    "Implementation",
+    "Operation",
+    "Row",
+    "explain",
+    "is_overridden",
+    "read_environment",
+    "record",
+    "reset_used",
+    "used",
+]
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT = "HYBRIDENGINE_IMPL"
@@ -127,6 +138,11 @@ def read_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
     _overrides.clear()
     _overrides.update(found)
     return found
+
+
+def is_overridden(op: str) -> bool:
+    """Whether `HYBRIDENGINE_IMPL` names an implementation of `op`."""
+    return op in _overrides
 
 
 def record(op: str, impl: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,6 @@ from loss_cases import stated_loss
 from hybridengine import kernels
 from hybridengine.errors import KernelUnavailable
 from hybridengine.kernels import native
-from hybridengine.kernels.cross_entropy import cpu
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=native.why_missing() or "")
 
@@ -111,8 +111,8 @@ def test_third_derivative(problem: Any) -> None:
 )
 def test_func_transforms(problem: Any, options: dict[str, Any], transform: Any, monkeypatch: Any) -> None:
     # The automatic choice, with no shape too small for it: forward mode must find its way to the reference.
-    monkeypatch.setattr(cpu, "_FEWEST_CLASSES", 0)
-    monkeypatch.setattr(cpu, "_FEWEST_ELEMENTS", 0)
+    for limit in ("_FEWEST_CLASSES", "_FEWEST_ELEMENTS"):
+        monkeypatch.setattr(importlib.import_module("hybridengine.kernels.cross_entropy.quick"), limit, 0)
     logits, target = problem[0], valid(problem[1], options)
 
     def total(loss: Any) -> Any:

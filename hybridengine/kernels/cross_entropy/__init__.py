@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from hybridengine.kernels import cuda_library, triton_runtime
 from hybridengine.kernels.cross_entropy import cpu, gpu, reference
 from hybridengine.kernels.cross_entropy.options import EMPTY, REDUCTIONS, Options, is_soft
+from hybridengine.kernels.cross_entropy.quick import quick
 from hybridengine.kernels.dispatch import Implementation, Operation
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
@@ -121,7 +122,7 @@ def cross_entropy(
     """
     if has_torch_function_unary(logits):  # logits that are not computed yet have a way of their own
         ourselves: Any = cross_entropy
-        result: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
+        others: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
             ourselves,
             (logits,),
             logits,
@@ -138,7 +139,11 @@ def cross_entropy(
             inplace=inplace,
             impl=impl,
         )
-        return result
+        return others
+    if impl is None and weight is None and not return_lse and z_loss == 0.0 and softcap is None and scale == 1.0:
+        loss = quick(logits, target, ignore_index, label_smoothing, reduction)
+        if loss is not None:
+            return loss
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
     if empty not in EMPTY:
@@ -153,10 +158,10 @@ def cross_entropy(
         logits, target, shape = _as_rows(logits, target)
     _check_shapes(logits, target, weight)
     chosen = OPERATION.choose(impl, logits, target, weight, options)
-    loss, lse = chosen.run(logits, target, weight, options, return_lse, inplace)
-    if loss.dim() and len(shape) != 1:
-        loss = loss.view(shape)
-    return (loss, lse.view(shape)) if return_lse else loss
+    result, lse = chosen.run(logits, target, weight, options, return_lse, inplace)
+    if result.dim() and len(shape) != 1:
+        result = result.view(shape)
+    return (result, lse.view(shape)) if return_lse else result
 
 
 def _check_shapes(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:

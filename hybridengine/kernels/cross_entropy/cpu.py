@@ -11,6 +11,7 @@ from torch import Tensor
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.cross_entropy.autograd import run_operator
 from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, is_soft
+from hybridengine.kernels.cross_entropy.quick import why_slower_for
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.modes import forward_mode
 
@@ -19,20 +20,10 @@ __all__ = ["Factors", "check_labels", "launch", "reduced", "run", "why_missing",
 why_missing = native.why_missing
 run = partial(run_operator, "cpu")
 
-# Below these torch's own kernels are faster (`hybridengine bench`): short rows waste the vector tails, and few
-# elements do not pay for one more Python call.
-_FEWEST_CLASSES = 64
-_FEWEST_ELEMENTS = 131072
-
 
 def why_slower(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> str | None:
     """Say why plain torch is faster for this shape."""
-    classes = logits.shape[1]
-    if classes < _FEWEST_CLASSES:
-        return f"fewer than {_FEWEST_CLASSES} classes: plain torch is faster"
-    if logits.shape[0] * classes < _FEWEST_ELEMENTS:
-        return f"fewer than {_FEWEST_ELEMENTS} logits: plain torch is faster"
-    return None
+    return why_slower_for(*logits.shape)
 
 
 def why_not(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> str | None:
