@@ -3,11 +3,9 @@
 #include <cstdint>
 
 #include "common/element.h"
+#include "common/reduction.h"
 
 namespace hybridengine {
-
-// The numbers are shared with hybridengine/kernels/cross_entropy/autograd.py.
-enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 
 // Accumulators (weight, loss) are float for float32 and bfloat16 logits, double for float64.
 struct CrossEntropy {

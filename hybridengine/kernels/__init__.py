@@ -3,6 +3,7 @@
     from hybridengine import kernels
 
     loss = kernels.cross_entropy(logits, target)                      # forward and gradient in one pass
+    smooth = kernels.kl_pair(logits, other_logits, reduction="mean")  # of two predictions, and both gradients
     delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
     with kernels.fast_forward():                                      # a model's own dropout, GELU, ..., on CPUs
         output = model(**inputs)
@@ -19,6 +20,7 @@ from hybridengine.kernels.dropout import dropout
 from hybridengine.kernels.embedding import embedding
 from hybridengine.kernels.forward import fast_forward
 from hybridengine.kernels.gelu import gelu
+from hybridengine.kernels.kl_pair import KLPairLoss, kl_pair
 from hybridengine.kernels.memory import pool_report, release_pool, tune_allocator
 from hybridengine.kernels.native import set_isa
 from hybridengine.kernels.norm import total_norm
@@ -26,6 +28,7 @@ from hybridengine.kernels.perturb import perturb_step
 
 __all__ = [
     "CrossEntropyLoss",
+    "KLPairLoss",
     "Row",
     "cross_entropy",
     "dropout",
@@ -33,6 +36,7 @@ __all__ = [
     "explain",
     "fast_forward",
     "gelu",
+    "kl_pair",
     "perturb_step",
     "pool_report",
     "read_environment",
