@@ -144,7 +144,7 @@ struct Finish {
   Value first_factor;   // 1 / S_a
   Value second_factor;  // 1 / S_b
   Value rest;           // r
-  Value first_mean;     // of v under p; NaN where KL(p || q) is infinite
+  Value first_mean;     // of v under p; NaN where KL(p || q) is infinite or NaN
   Value second_mean;    // of v under q
 };
 
@@ -154,8 +154,10 @@ HE_INLINE Finish<double> finish_of(const RowSums& sums) {
   const bool near = grown < 0.5 && grown > -0.5;
   const double rest = near ? __builtin_log1p(grown) : __builtin_log(sums.second / sums.first);
   const double first = 1.0 / sums.first, second = 1.0 / sums.second, nan = __builtin_nan("");
-  return {first, second, rest, sums.first_only ? nan : sums.first_moved * first,
-          sums.second_only ? nan : sums.second_moved * second};
+  // NaN on one side only spoils the other side's gradient through its mean: v is bounded.
+  const bool unknown = rest != rest;
+  return {first, second, rest, sums.first_only || unknown ? nan : sums.first_moved * first,
+          sums.second_only || unknown ? nan : sums.second_moved * second};
 }
 
 // Adds to the sum of the divergence's terms (-2 of them if symmetric) and returns T times the gradients, twice if

@@ -90,7 +90,7 @@ def _divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p || q) of each row [N]."""
     difference = (log_p - log_q).masked_fill(log_p == -_INF, 0.0)
     # A probability that is 0 only by rounding makes an infinite difference infinite, not NaN.
-    p = log_p.exp().clamp_min(torch.finfo(log_p.dtype).tiny)
+    p = log_p.exp() + torch.finfo(log_p.dtype).tiny
     return (p * difference).sum(-1)
 
 

@@ -77,7 +77,7 @@ def _maximum(logits, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
 def _sums(
     a_logits, b_logits, a_top, b_top, inverse, SYMMETRIC: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """S_a, S_b, r, the means of v under p and q (NaN where the divergence is infinite), and whether one is infinite."""
+    """S_a, S_b, r, the means of v under p and q (NaN where the divergence is not finite), whether one is infinite."""
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     change = tl.zeros([BLOCK], tl.float32)
@@ -102,10 +102,11 @@ def _sums(
     first_sum = tl.sum(first, 0)
     second_sum = tl.sum(second, 0)
     rest = _log_ratio(first_sum, second_sum, tl.sum(change, 0))
+    unknown = rest != rest
     forward_infinite = tl.max(first_only, 0) > 0
     reverse_infinite = tl.max(second_only, 0) > 0
-    first_mean = tl.where(forward_infinite, float("nan"), tl.sum(first_moved, 0) / first_sum)
-    second_mean = tl.where(reverse_infinite, float("nan"), tl.sum(second_moved, 0) / second_sum)
+    first_mean = tl.where(forward_infinite | unknown, float("nan"), tl.sum(first_moved, 0) / first_sum)
+    second_mean = tl.where(reverse_infinite | unknown, float("nan"), tl.sum(second_moved, 0) / second_sum)
     return first_sum, second_sum, rest, first_mean, second_mean, forward_infinite | reverse_infinite
 
 
