@@ -28,6 +28,8 @@ from hybridengine.kernels import native
 RESULTS = Path(__file__).parent / "results"
 # rows by classes: a classifier's head, a wide one, BERT's and GPT-2's vocabulary
 CROSS_ENTROPY = [(4096, 2), (8192, 77), (1024, 30522), (512, 50257)]
+# rows by classes: a classifier's head, a wide one, BERT's vocabulary
+KL_PAIR = [(32, 2), (4096, 2), (2048, 100), (256, 30522), (1024, 30522)]
 PERTURB = (32, 128, 384)
 # hidden states, and the attention weights of 12 heads
 DROPOUT = [(32, 24, 384), (32, 128, 384), (32, 12, 24, 24), (32, 12, 128, 128)]
@@ -91,6 +93,38 @@ def cross_entropy_variants(rows: int, classes: int, dtype: torch.dtype) -> Varia
     if dtype != torch.float32:
         variants["eager_float32"] = both_ways(lambda x, t: F.cross_entropy(x.float(), t))
     return variants
+
+
+def eager_divergence(a: Tensor, b: Tensor) -> Tensor:
+    """The symmetric divergence in the fewest operations."""
+    log_p, log_q = F.log_softmax(a, -1), F.log_softmax(b, -1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum() / 2
+
+
+def eager_kl_div(a: Tensor, b: Tensor) -> Tensor:
+    """The symmetric divergence as R-Drop's authors write it."""
+    log_p, log_q = F.log_softmax(a, -1), F.log_softmax(b, -1)
+    forward, reverse = (F.kl_div(y, x, log_target=True, reduction="sum") for x, y in ((log_p, log_q), (log_q, log_p)))
+    return (forward + reverse) / 2
+
+
+def kl_pair_variants(rows: int, classes: int, dtype: torch.dtype) -> Variants:
+    """Both gradients of the symmetric divergence."""
+    a = torch.randn(rows, classes).to(dtype).requires_grad_()
+    b = (a.detach().float() + 0.5 * torch.randn(rows, classes)).to(dtype).requires_grad_()
+
+    def both_ways(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            a.grad = b.grad = None
+            loss(a, b).backward()
+
+        return run
+
+    return {
+        "eager": both_ways(eager_divergence),
+        "kl_div": both_ways(eager_kl_div),
+        "automatic": both_ways(kernels.kl_pair),
+    }
 
 
 def eager_step(delta: Tensor, gradient: Tensor, mask: Tensor, epsilon: float | None) -> Tensor:
@@ -169,6 +203,9 @@ def main() -> None:
             case = {"rows": rows, "classes": classes, "dtype": name}
             variants = cross_entropy_variants(rows, classes, dtype)
             result["rows"].append(row("cross_entropy", case, variants, options))
+        for rows, classes in KL_PAIR:
+            case = {"rows": rows, "classes": classes, "dtype": name}
+            result["rows"].append(row("kl_pair", case, kl_pair_variants(rows, classes, dtype), options))
         for attack, epsilon in (("FGM", None), ("PGD", 1.0)):
             case = {"attack": attack, "shape": list(PERTURB), "dtype": name}
             result["rows"].append(row("perturb", case, perturb_variants(epsilon, dtype), options))

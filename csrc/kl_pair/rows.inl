@@ -47,17 +47,23 @@ struct Row {
   Level<Accumulator<Element>, Accumulator<Element>> level;
 };
 
+template <bool kSymmetric, class Element, class Vector>
+HE_INLINE void exponentiate_at(const Row<Element>& row, int64_t i, int64_t left, Moments<Vector>& block) {
+  Vector e, f;
+  exponentiate<kSymmetric>(load_logits(row.a + i, left), load_logits(row.b + i, left), row.level, block, e, f);
+  store_up_to(row.first_exponentials + i, e, left);
+  store_up_to(row.second_exponentials + i, f, left);
+}
+
 template <class Element, bool kSymmetric>
-static void exponentiate_block(const Row<Element>& row, int64_t start, int64_t end, RowSums& sums) {
+static void exponentiate_block(const Row<Element>& row_in_memory, int64_t start, int64_t end, RowSums& sums) {
   using Vector = typename Lanes<Element>::Vector;
+  constexpr int lanes = Lanes<Element>::count;
+  const Row<Element> row = row_in_memory;  // which the stores do not change
   Moments<Vector> block = no_moments<Vector>();
-  for (int64_t i = start; i < end; i += Lanes<Element>::count) {
-    const int64_t left = end - i;
-    Vector e, f;
-    exponentiate<kSymmetric>(load_logits(row.a + i, left), load_logits(row.b + i, left), row.level, block, e, f);
-    store_up_to(row.first_exponentials + i, e, left);
-    store_up_to(row.second_exponentials + i, f, left);
-  }
+  int64_t i = start;
+  for (; i + lanes <= end; i += lanes) exponentiate_at<kSymmetric>(row, i, lanes, block);
+  if (i < end) exponentiate_at<kSymmetric>(row, i, end - i, block);
   const double top = largest(block.first)[0];
   sums.first += sum_of(block.first);
   sums.second += sum_of(block.second);
@@ -70,23 +76,32 @@ static void exponentiate_block(const Row<Element>& row, int64_t start, int64_t e
   }
 }
 
+template <bool kSymmetric, bool kFirst, bool kSecond, class Element, class Vector>
+HE_INLINE void finish_at(const Row<Element>& row, int64_t i, int64_t left, const Finish<Accumulator<Element>>& by,
+                         Accumulator<Element> scale, Element* first_out, Element* second_out, Vector& total) {
+  const Vector e = load_up_to(row.first_exponentials + i, left, 0);
+  const Vector f = load_up_to(row.second_exponentials + i, left, 0);
+  Vector first, second;
+  finish<kSymmetric>(load_logits(row.a + i, left), load_logits(row.b + i, left), e, f, row.level, by, total, first,
+                     second);
+  if constexpr (kFirst) store_up_to(first_out + i, (Vector)(first * scale), left);
+  if constexpr (kSecond) store_up_to(second_out + i, (Vector)(second * scale), left);
+}
+
 // Returns the sum of the terms of the divergence over a block.
 template <class Element, bool kSymmetric, bool kFirst, bool kSecond>
-static double finish_block(const Row<Element>& row, int64_t start, int64_t end,
-                           const Finish<Accumulator<Element>>& by, Accumulator<Element> scale, Element* first_out,
-                           Element* second_out) {
-  using Vector = typename Lanes<Element>::Vector;
-  Vector total{};
-  for (int64_t i = start; i < end; i += Lanes<Element>::count) {
-    const int64_t left = end - i;
-    const Vector e = load_up_to(row.first_exponentials + i, left, 0);
-    const Vector f = load_up_to(row.second_exponentials + i, left, 0);
-    Vector first, second;
-    finish<kSymmetric>(load_logits(row.a + i, left), load_logits(row.b + i, left), e, f, row.level, by, total, first,
-                       second);
-    if constexpr (kFirst) store_up_to(first_out + i, (Vector)(first * scale), left);
-    if constexpr (kSecond) store_up_to(second_out + i, (Vector)(second * scale), left);
+static double finish_block(const Row<Element>& row_in_memory, int64_t start, int64_t end,
+                           const Finish<Accumulator<Element>>& finish_in_memory, Accumulator<Element> scale,
+                           Element* first_out, Element* second_out) {
+  constexpr int lanes = Lanes<Element>::count;
+  const Row<Element> row = row_in_memory;
+  const Finish<Accumulator<Element>> by = finish_in_memory;
+  typename Lanes<Element>::Vector total{};
+  int64_t i = start;
+  for (; i + lanes <= end; i += lanes) {
+    finish_at<kSymmetric, kFirst, kSecond>(row, i, lanes, by, scale, first_out, second_out, total);
   }
+  if (i < end) finish_at<kSymmetric, kFirst, kSecond>(row, i, end - i, by, scale, first_out, second_out, total);
   return sum_of(total);
 }
 

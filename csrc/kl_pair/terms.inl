@@ -14,8 +14,8 @@
 //     u = v + r,     r = s - c = log1p(sum E (exp(-v) - 1) / S_a)
 // where A - B may be any number, thus also the rounded one, and r has an error of order eps d. What is left are the
 // roundings of a - b (none where b is within a factor 2 of a), of v (none in the difference where A - B is within a
-// factor 2 of a - b) and of u: the relative error of the divergence is a few eps, and that of the gradients a few eps
-// of their largest entry. Equal logits give v = r = u = 0 and with them zeros throughout.
+// factor 2 of a - b) and of u: the relative error of the divergence is a few eps, and an entry of the gradients is off
+// by a few eps of the largest one and of p_j max |v|. Equal logits give v = r = u = 0 and with them zeros throughout.
 //
 // Where they are not equal, the gradients p (u - KL) and q (-u - KL') lose to cancellation if one class has nearly all
 // of p or q. They are formed as p (v - mean of v under p) from the same v, which is about 0 at that class.

@@ -190,7 +190,8 @@ def test_nearly_equal_logits_keep_the_relative_precision(impl: str, noise: float
 
     A loss is a sum of terms without cancellation, each with the relative errors of p (the exponent's, here up to
     20 eps at p = e^-20, where it does not count; some 8 eps) and of u (2 eps, twice): 16 eps with the sums'. A gradient
-    has errors of eps times its largest entries: of p (v - mean), each of the two of size noise.
+    is p (v - mean) and q - p: the first has besides its own relative error those of v and the mean, p times eps times
+    the largest v, as both are about 0 at a class that has nearly all of p.
     """
     generator = torch.Generator().manual_seed(classes)
     a = torch.randn(3, classes, generator=generator) * 3
@@ -220,7 +221,8 @@ def test_nearly_equal_logits_keep_the_relative_precision(impl: str, noise: float
         )
         for got, wanted in zip(gradients, expected, strict=True):
             largest = wanted.abs().amax(-1, keepdim=True)
-            assert bool(((got - wanted).abs() <= 16 * eps * largest).all())
+            moved = u.abs().amax(-1, keepdim=True) * (p + q)
+            assert bool(((got - wanted).abs() <= 4 * eps * (largest + moved)).all())
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -311,7 +313,8 @@ def run(command: list[str], **environment: str) -> str:
 def test_triton_in_the_interpreter() -> None:
     """The tests of this folder's two files that ask for an implementation, by Triton."""
     files = [str(Path(__file__).with_name(f"test_kernels_kl_pair{part}.py")) for part in ("", "_derivatives")]
-    told = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", *files], TRITON_INTERPRET="1")
+    chosen = "triton and not 1.0 and not 2500"  # the interpreter is slow: one temperature, no third block
+    told = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files], TRITON_INTERPRET="1")
     assert " passed" in told and "failed" not in told
 
 
