@@ -18,7 +18,7 @@ NATIVE = [torch.float32, torch.bfloat16, torch.float64]
 GPU = [torch.float32, torch.bfloat16, torch.float16]
 DIRECTIONS = ["symmetric", "forward", "reverse"]
 
-# The interpreter cannot be switched on here: `test_kernels_kl_pair.py` runs itself in a process that has it.
+# The interpreter cannot be switched on here: `test_kernels_kl_pair_triton.py` runs the tests in a process that has it.
 INTERPRETED = triton_runtime.INTERPRETED and triton_runtime.why_missing() is None
 IMPLEMENTATIONS = ["triton"] if INTERPRETED else ["cpu", "reference"]
 

@@ -11,14 +11,9 @@ from hybridengine.kernels.kl_pair.autograd import run_operator
 from hybridengine.kernels.kl_pair.derivatives import DIRECTIONS, REDUCTIONS, Options
 from hybridengine.kernels.modes import forward_mode
 
-__all__ = ["run", "why_missing", "why_not", "why_slower"]
+__all__ = ["run", "why_missing", "why_not"]
 
 why_missing = native.why_missing
-
-
-def why_slower(a: Tensor, b: Tensor, mask: Tensor | None) -> str | None:
-    """Say why plain torch is faster for this shape."""
-    return None
 
 
 def why_not(a: Tensor, b: Tensor, mask: Tensor | None) -> str | None:
