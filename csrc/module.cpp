@@ -16,6 +16,7 @@
 #include "dropout/dropout.h"
 #include "embedding/embedding.h"
 #include "gelu/gelu.h"
+#include "kl_pair/kl_pair.h"
 #include "norm/norm.h"
 #include "perturb/perturb.h"
 
@@ -83,6 +84,20 @@ void call_gelu(Address input, Address gradient, Address output, int64_t count) {
   gelu({pointer<const float>(input), pointer<const float>(gradient), pointer<float>(output), count});
 }
 
+// logits, row stride, gradient
+using Side = std::tuple<Address, int64_t, Address>;
+
+KLSide side(const Side& one) {
+  const auto& [logits, row_stride, gradient] = one;
+  return {pointer<const void>(logits), row_stride, pointer<void>(gradient)};
+}
+
+void call_kl_pair(int element, const Side& first, const Side& second, Address mask, int64_t rows, int64_t classes,
+                  double temperature, bool symmetric, int reduction, bool empty_is_zero, Address loss) {
+  kl_pair({static_cast<ElementType>(element), side(first), side(second), pointer<const bool>(mask), rows, classes,
+           temperature, symmetric, static_cast<Reduction>(reduction), empty_is_zero, pointer<void>(loss)});
+}
+
 // element, values, count
 double call_total_norm(const std::vector<std::tuple<int, Address, int64_t>>& tensors) {
   std::vector<NormPart> parts;
@@ -126,6 +141,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("dropout", &call_dropout, without_gil);
   module.def("embedding_gradient", &call_embedding_gradient, without_gil);
   module.def("gelu", &call_gelu, without_gil);
+  module.def("kl_pair", &call_kl_pair, without_gil);
   module.def("total_norm", &call_total_norm, without_gil);
   module.def("perturb_step", &call_perturb_step, without_gil);
 

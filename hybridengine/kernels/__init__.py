@@ -4,6 +4,7 @@
 
     loss = kernels.cross_entropy(logits, target)                      # forward and gradient in one pass
     loss = kernels.linear_cross_entropy(hidden, head.weight, target)  # the logits of all rows never exist
+    smooth = kernels.kl_pair(logits, other_logits, reduction="mean")  # of two predictions, and both gradients
     delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
     with kernels.patch(model):                                        # a whole language model's loss, the same way
         loss = model(input_ids, labels=labels).loss
@@ -22,6 +23,7 @@ from hybridengine.kernels.dropout import dropout
 from hybridengine.kernels.embedding import embedding
 from hybridengine.kernels.forward import fast_forward
 from hybridengine.kernels.gelu import gelu
+from hybridengine.kernels.kl_pair import KLPairLoss, kl_pair
 from hybridengine.kernels.label_row_head import label_row_head
 from hybridengine.kernels.lazy_logits import LazyLogits, patch, why_not_patched
 from hybridengine.kernels.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -32,6 +34,7 @@ from hybridengine.kernels.perturb import perturb_step
 
 __all__ = [
     "CrossEntropyLoss",
+    "KLPairLoss",
     "LazyLogits",
     "LinearCrossEntropyLoss",
     "Row",
@@ -41,6 +44,7 @@ __all__ = [
     "explain",
     "fast_forward",
     "gelu",
+    "kl_pair",
     "label_row_head",
     "linear_cross_entropy",
     "patch",

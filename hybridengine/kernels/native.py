@@ -72,6 +72,22 @@ class NativeModule(Protocol):
 
     def gelu(self, input: int, gradient: int, output: int, count: int, /) -> None: ...
 
+    def kl_pair(
+        self,
+        element: int,
+        first: tuple[int, int, int],
+        second: tuple[int, int, int],
+        mask: int,
+        rows: int,
+        classes: int,
+        temperature: float,
+        symmetric: bool,
+        reduction: int,
+        empty_is_zero: bool,
+        loss: int,
+        /,
+    ) -> None: ...
+
     def total_norm(self, tensors: list[tuple[int, int, int]], /) -> float: ...
 
     def perturb_step(

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybridengine import kernels
 from hybridengine.seams.types import Batch
 
 __all__ = ["kl_rows", "sequence_norms"]
 
 
-def kl_rows(p: Tensor, q: Tensor, batch: Batch, task: object = None, *, temperature: float = 1.0) -> Tensor:
+def kl_rows(
+    p: Tensor,
+    q: Tensor,
+    batch: Batch,
+    task: object = None,
+    *,
+    temperature: float = 1.0,
+    direction: Literal["forward", "symmetric"] = "forward",
+) -> Tensor:
     """Sum over rows of KL(P || Q), P and Q the distributions of logits p/T and q/T; a scalar with the unit `rows`.
 
     They are softmaxes over the last axis, KL = sum_c P_c log(P_c / Q_c), unless `task.distribution` is `bernoulli`:
@@ -24,34 +36,55 @@ def kl_rows(p: Tensor, q: Tensor, batch: Batch, task: object = None, *, temperat
 
     Args:
         task: `ctx.run.task`, which tells what the logits mean; softmax where it tells nothing.
+        direction: "symmetric" for (KL(P || Q) + KL(Q || P)) / 2.
 
     Raises:
         ValueError: for another distribution than `softmax` and `bernoulli`, or token logits without a mask.
     """
-    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
     distribution = getattr(task, "distribution", "softmax")
-    log_p, log_q = (_log_probabilities(x.to(wide) / temperature, distribution) for x in (p, q))
-    values = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    if values.dim() == 1:
-        return values.sum()
-    mask = _token_mask(batch, values).to(values.dtype)
+    if distribution == "softmax":
+        values_of = partial(_of_choices, temperature=temperature, direction=direction)
+    elif distribution == "bernoulli":
+        values_of = partial(_of_labels, temperature=temperature, direction=direction)
+    else:
+        raise ValueError(f"a task's distribution is 'softmax' or 'bernoulli', not {distribution!r}")
+    if p.dim() == 2:
+        return values_of(p, q, None).sum()
+    mask = _token_mask(batch, p)
+    values = values_of(p, q, mask != 0)
     return ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).sum()
 
 
-def _log_probabilities(logits: Tensor, distribution: str) -> Tensor:
-    if distribution == "softmax":
-        return functional.log_softmax(logits, dim=-1)
-    if distribution == "bernoulli":  # yes and no of each label; finite and smooth for logits of any size
-        return torch.cat([functional.logsigmoid(logits), functional.logsigmoid(-logits)], dim=-1)
-    raise ValueError(f"a task's distribution is 'softmax' or 'bernoulli', not {distribution!r}")
+def _of_choices(p: Tensor, q: Tensor, counted: Tensor | None, temperature: float, direction: Any) -> Tensor:
+    """Return the divergence of the softmaxes over the last axis; 0 where not `counted`, which costs no time."""
+    rows = None if counted is None else counted.flatten()
+    flat = (x.flatten(0, -2) for x in (p, q))
+    values = kernels.kl_pair(*flat, temperature=temperature, mask=rows, reduction="none", direction=direction)
+    return values.view(p.shape[:-1])
 
 
-def _token_mask(batch: Batch, values: Tensor) -> Tensor:
+def _of_labels(p: Tensor, q: Tensor, counted: Tensor | None, temperature: float, direction: str) -> Tensor:
+    """Return the divergence of the yes and no of each label, summed over the last axis."""
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    log_p, log_q = (_log_yes_and_no(x.to(wide) / temperature) for x in (p, q))
+    values = functional.kl_div(log_q, log_p, log_target=True, reduction="none")
+    if direction == "symmetric":
+        values = (values + functional.kl_div(log_p, log_q, log_target=True, reduction="none")) / 2
+    return values.sum(-1)
+
+
+def _log_yes_and_no(logits: Tensor) -> Tensor:
+    # finite and smooth for logits of any size
+    return torch.cat([functional.logsigmoid(logits), functional.logsigmoid(-logits)], dim=-1)
+
+
+def _token_mask(batch: Batch, logits: Tensor) -> Tensor:
+    wanted = logits.shape[:-1]
     for kind in ("scored", "attention"):
         for mask in batch.masks.get(kind, {}).values():
-            if mask.shape == values.shape:
+            if mask.shape == wanted:
                 return mask
-    raise ValueError(f"no mask of shape {tuple(values.shape)} in the batch; token logits need a `scored` mask")
+    raise ValueError(f"no mask of shape {tuple(wanted)} in the batch; token logits need a `scored` mask")
 
 
 def sequence_norms(delta: dict[str, Tensor]) -> Tensor:

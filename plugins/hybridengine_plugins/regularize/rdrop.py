@@ -43,6 +43,6 @@ class RDrop:
         views = [view.fork("rdrop", 0), view.fork("rdrop", 1)]
         terms, outs = ctx.several(inner, batch, views)
         p, q = outs[0].scores, outs[1].scores
-        kl = (kl_rows(p, q, batch, ctx.run.task) + kl_rows(q, p, batch, ctx.run.task)) / 2
+        kl = kl_rows(p, q, batch, ctx.run.task, direction="symmetric")
         ctx.report(self, kl=kl / batch.size)
         return replace(outs[0], terms={**terms, "rdrop": (self.alpha * kl, "rows")})
