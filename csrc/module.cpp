@@ -84,6 +84,17 @@ void call_perturb_step(int element, int64_t batch, const std::vector<Site>& site
   perturb_step(step);
 }
 
+// uniform, mask, output, length, width
+using Draws = std::tuple<Address, Address, Address, int64_t, int64_t>;
+
+void call_perturb_start(int element, int64_t batch, const std::vector<Draws>& sites, double epsilon, bool linf) {
+  PerturbStart start{static_cast<ElementType>(element), batch, {}, epsilon, linf};
+  for (const auto& [uniform, mask, output, length, width] : sites) {
+    start.sites.push_back({pointer<const void>(uniform), pointer<const bool>(mask), pointer<void>(output), length, width});
+  }
+  perturb_start(start);
+}
+
 py::dict pool_statistics_as_dict() {
   const PoolStatistics statistics = pool_statistics();
   py::dict result;
@@ -104,6 +115,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("gelu", &call_gelu, without_gil);
   module.def("total_norm", &call_total_norm, without_gil);
   module.def("perturb_step", &call_perturb_step, without_gil);
+  module.def("perturb_start", &call_perturb_start, without_gil);
 
   module.def("isa", &isa_name);
   module.def("supported_isas", &supported_isas);

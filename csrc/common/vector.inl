@@ -47,6 +47,22 @@ HE_INLINE FloatLanes load(const Bf16* source) {
 HE_INLINE void store(float* target, FloatLanes vector) { __builtin_memcpy(target, &vector, sizeof(vector)); }
 HE_INLINE void store(double* target, DoubleLanes vector) { __builtin_memcpy(target, &vector, sizeof(vector)); }
 
+// Past the caches, which neither read what is overwritten nor keep it: for buffers that are not needed again soon. The
+// target is aligned to a vector; end with `stream_fence`.
+#if !HE_X86_DISPATCH
+HE_INLINE void stream(float* target, FloatLanes vector) { store(target, vector); }
+HE_INLINE void stream_fence() {}
+#else
+#if HE_VECTOR_BYTES == 64
+HE_INLINE void stream(float* target, FloatLanes vector) { __builtin_ia32_movntps512(target, vector); }
+#elif HE_VECTOR_BYTES == 32
+HE_INLINE void stream(float* target, FloatLanes vector) { __builtin_ia32_movntps256(target, vector); }
+#else
+HE_INLINE void stream(float* target, FloatLanes vector) { __builtin_ia32_movntps(target, vector); }
+#endif
+HE_INLINE void stream_fence() { __builtin_ia32_sfence(); }
+#endif
+
 // Rounds to nearest even; NaN becomes the quiet NaN that torch uses.
 HE_INLINE void store(Bf16* target, FloatLanes vector) {
   const BitLanes bits = (BitLanes)vector;

@@ -23,6 +23,7 @@ from hybridengine.kernels.memory import pool_report, release_pool, tune_allocato
 from hybridengine.kernels.native import set_isa
 from hybridengine.kernels.norm import total_norm
 from hybridengine.kernels.perturb import perturb_step
+from hybridengine.kernels.perturb_start import perturb_start
 
 __all__ = [
     "CrossEntropyLoss",
@@ -33,6 +34,7 @@ __all__ = [
     "explain",
     "fast_forward",
     "gelu",
+    "perturb_start",
     "perturb_step",
     "pool_report",
     "read_environment",

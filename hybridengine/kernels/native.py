@@ -73,6 +73,16 @@ class NativeModule(Protocol):
         /,
     ) -> None: ...
 
+    def perturb_start(
+        self,
+        element: int,
+        batch: int,
+        sites: list[tuple[int, int, int, int, int]],
+        epsilon: float,
+        linf: bool,
+        /,
+    ) -> None: ...
+
     def isa(self) -> str: ...
 
     def supported_isas(self) -> list[str]: ...
