@@ -47,8 +47,8 @@ HE_INLINE FloatLanes load(const Bf16* source) {
 HE_INLINE void store(float* target, FloatLanes vector) { __builtin_memcpy(target, &vector, sizeof(vector)); }
 HE_INLINE void store(double* target, DoubleLanes vector) { __builtin_memcpy(target, &vector, sizeof(vector)); }
 
-// Past the caches, which neither read what is overwritten nor keep it: for buffers that are not needed again soon. The
-// target is aligned to a vector; end with `stream_fence`.
+// A store past the caches, which neither reads what it overwrites nor keeps it: for what is not needed again soon. The
+// target is aligned to the vector; `stream_fence` ends a run of them.
 #if !HE_X86_DISPATCH
 HE_INLINE void stream(float* target, FloatLanes vector) { store(target, vector); }
 HE_INLINE void stream_fence() {}
@@ -62,6 +62,20 @@ HE_INLINE void stream(float* target, FloatLanes vector) { __builtin_ia32_movntps
 #endif
 HE_INLINE void stream_fence() { __builtin_ia32_sfence(); }
 #endif
+
+// memcpy by `stream`.
+HE_INLINE void stream_bytes(void* target, const void* source, int64_t bytes) {
+  char* to = (char*)target;
+  const char* from = (const char*)source;
+  const int64_t beyond = (int64_t)((uintptr_t)to % HE_VECTOR_BYTES);
+  int64_t head = beyond ? HE_VECTOR_BYTES - beyond : 0;
+  if (head > bytes) head = bytes;
+  __builtin_memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + HE_VECTOR_BYTES <= bytes; i += HE_VECTOR_BYTES) stream((float*)(to + i), load_as<FloatLanes>(from + i));
+  __builtin_memcpy(to + i, from + i, bytes - i);
+  stream_fence();
+}
 
 // Rounds to nearest even; NaN becomes the quiet NaN that torch uses.
 HE_INLINE void store(Bf16* target, FloatLanes vector) {

@@ -19,23 +19,30 @@ from hybridengine.kernels.dropout import dropout
 from hybridengine.kernels.embedding import embedding
 from hybridengine.kernels.forward import fast_forward
 from hybridengine.kernels.gelu import gelu
+from hybridengine.kernels.keep import Kept, keep
 from hybridengine.kernels.memory import pool_report, release_pool, tune_allocator
 from hybridengine.kernels.native import set_isa
 from hybridengine.kernels.norm import total_norm
 from hybridengine.kernels.perturb import perturb_step
 from hybridengine.kernels.perturb_start import perturb_start
+from hybridengine.kernels.perturb_weights import MovedWeights, Rule, perturb_weights
 
 __all__ = [
     "CrossEntropyLoss",
+    "Kept",
+    "MovedWeights",
     "Row",
+    "Rule",
     "cross_entropy",
     "dropout",
     "embedding",
     "explain",
     "fast_forward",
     "gelu",
+    "keep",
     "perturb_start",
     "perturb_step",
+    "perturb_weights",
     "pool_report",
     "read_environment",
     "release_pool",

@@ -1,0 +1,5 @@
+// Included once per instruction set by cpu.cpp.
+
+static void copy_chunks(const CopiedBytes* parts, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) stream_bytes(parts[i].target, parts[i].source, parts[i].bytes);
+}
