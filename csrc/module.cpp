@@ -14,6 +14,7 @@
 #include "common/parallel.h"
 #include "cross_entropy/cross_entropy.h"
 #include "dropout/dropout.h"
+#include "ema/ema.h"
 #include "embedding/embedding.h"
 #include "gelu/gelu.h"
 #include "keep/keep.h"
@@ -121,6 +122,16 @@ void call_copy_all(const std::vector<std::tuple<Address, Address, int64_t>>& ten
   copy_all(parts);
 }
 
+// element, weight's element, average, weight, count
+void call_ema_update(const std::vector<std::tuple<int, int, Address, Address, int64_t>>& tensors, double rate) {
+  std::vector<Average> averages;
+  for (const auto& [element, weight_element, average, weight, count] : tensors) {
+    averages.push_back({static_cast<ElementType>(element), static_cast<ElementType>(weight_element),
+                        pointer<void>(average), pointer<const void>(weight), count});
+  }
+  ema_update(averages, rate);
+}
+
 py::dict pool_statistics_as_dict() {
   const PoolStatistics statistics = pool_statistics();
   py::dict result;
@@ -144,6 +155,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("perturb_start", &call_perturb_start, without_gil);
   module.def("perturb_weights", &call_perturb_weights, without_gil);
   module.def("copy_all", &call_copy_all, without_gil);
+  module.def("ema_update", &call_ema_update, without_gil);
 
   module.def("isa", &isa_name);
   module.def("supported_isas", &supported_isas);

@@ -16,6 +16,7 @@ One folder an operation: `reference.py` is the specification, its neighbours are
 from hybridengine.kernels.cross_entropy import CrossEntropyLoss, cross_entropy
 from hybridengine.kernels.dispatch import Row, explain, read_environment, reset_used, used
 from hybridengine.kernels.dropout import dropout
+from hybridengine.kernels.ema import ema_update
 from hybridengine.kernels.embedding import embedding
 from hybridengine.kernels.forward import fast_forward
 from hybridengine.kernels.gelu import gelu
@@ -35,6 +36,7 @@ __all__ = [
     "Rule",
     "cross_entropy",
     "dropout",
+    "ema_update",
     "embedding",
     "explain",
     "fast_forward",

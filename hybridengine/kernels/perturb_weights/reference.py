@@ -44,7 +44,10 @@ def run(weights: list[Tensor], gradients: list[Tensor], rule: str, rho: float, e
     directions = torch._foreach_mul(measured, size) if size else measured
     moving = [i for i, rate in enumerate(rates) if rate]  # of the rest, a gradient may hold NaN
     offsets = torch._foreach_mul([directions[i] for i in moving], [rates[i] for i in moving])
-    torch._foreach_copy_([weights[i] for i in moving], torch._foreach_add([w[i] for i in moving], offsets))
+    if all(wide is one for wide, one in zip(w, weights, strict=True)):
+        torch._foreach_add_([weights[i] for i in moving], offsets)
+    else:
+        torch._foreach_copy_([weights[i] for i in moving], torch._foreach_add([w[i] for i in moving], offsets))
     return MovedWeights(norm, usable, lambda: _distance(weights, saved), lambda: torch._foreach_copy_(weights, saved))
 
 
