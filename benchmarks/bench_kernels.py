@@ -29,6 +29,10 @@ RESULTS = Path(__file__).parent / "results"
 # rows by classes: a classifier's head, a wide one, BERT's and GPT-2's vocabulary
 CROSS_ENTROPY = [(4096, 2), (8192, 77), (1024, 30522), (512, 50257)]
 PERTURB = (32, 128, 384)
+# a small BERT: embeddings, and in each of 6 layers 4 square matrices, 2 of 4 times the width, and vectors
+WIDTH = 384
+LAYER = [(WIDTH, WIDTH)] * 4 + [(WIDTH,)] * 9 + [(4 * WIDTH, WIDTH), (4 * WIDTH,), (WIDTH, 4 * WIDTH)]
+WEIGHTS = [(30522, WIDTH), (512, WIDTH), (WIDTH,), (WIDTH,), *LAYER * 6]
 # hidden states, and the attention weights of 12 heads
 DROPOUT = [(32, 24, 384), (32, 128, 384), (32, 12, 24, 24), (32, 12, 128, 128)]
 # tokens by the inner width of a small BERT and of a base one; float32 only, as the kernel
@@ -118,6 +122,41 @@ def perturb_variants(epsilon: float | None, dtype: torch.dtype) -> Variants:
     }
 
 
+def foreach_move(weights: list[Tensor], gradients: list[Tensor], adaptive: bool) -> None:
+    """SAM's or ASAM's move and the way back, as written with torch's `foreach`; the gradients' memory is kept."""
+    saved = [weight.clone() for weight in weights]
+    sizes = torch._foreach_add(torch._foreach_abs(weights), 0.01) if adaptive else []
+    measured = torch._foreach_mul(sizes, gradients) if adaptive else gradients
+    rate = 0.05 / float(torch.nn.utils.get_total_norm(measured))
+    if adaptive:
+        torch._foreach_mul_(measured, sizes)
+        torch._foreach_mul_(measured, rate)
+        torch._foreach_add_(weights, measured)
+    else:
+        torch._foreach_add_(weights, gradients, alpha=rate)
+    torch._foreach_copy_(weights, saved)
+
+
+def weights_variants(adaptive: bool) -> Variants:
+    """A move and the way back, of all weights of a small model."""
+    weights, gradients = ([torch.randn(shape) for shape in WEIGHTS] for _ in range(2))
+
+    def kernel() -> None:
+        with kernels.perturb_weights(weights, gradients, rho=0.05, rule="asam" if adaptive else "sam"):
+            pass
+
+    return {"eager": lambda: foreach_move(weights, gradients, adaptive), "automatic": kernel}
+
+
+def ema_variants() -> Variants:
+    """One update of the average of all weights of a small model."""
+    averages, weights = ([torch.randn(shape) for shape in WEIGHTS] for _ in range(2))
+    return {
+        "eager": lambda: torch._foreach_lerp_(averages, weights, 0.001),
+        "automatic": lambda: kernels.ema_update(averages, weights, rate=0.001),
+    }
+
+
 def elementwise_variants(
     shape: tuple[int, ...], dtype: torch.dtype, eager: Callable[[Tensor], Tensor], kernel: Callable[[Tensor], Tensor]
 ) -> Variants:
@@ -179,6 +218,9 @@ def main() -> None:
         for shape in GELU if dtype == torch.float32 else ():
             case = {"shape": list(shape), "dtype": name}
             result["rows"].append(row("gelu", case, elementwise_variants(shape, dtype, F.gelu, kernels.gelu), options))
+    for rule in ("sam", "asam"):
+        result["rows"].append(row("perturb_weights", {"rule": rule}, weights_variants(rule == "asam"), options))
+    result["rows"].append(row("ema", {}, ema_variants(), options))
     result["machine"]["load_average_after"] = [round(one, 2) for one in os.getloadavg()]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,8 @@
 
     loss = kernels.cross_entropy(logits, target)                      # forward and gradient in one pass
     delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
+    with kernels.perturb_weights(weights, gradients, rho=0.05):       # SAM's move, and back to the bit
+        ...
     with kernels.fast_forward():                                      # a model's own dropout, GELU, ..., on CPUs
         output = model(**inputs)
     kernels.explain()                                                 # which implementation runs, and why not another

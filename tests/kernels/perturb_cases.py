@@ -58,6 +58,8 @@ def cases(draw: st.DrawFn, dtypes: list[torch.dtype], widths: list[int]) -> Case
     for name in draw(st.sampled_from([["a"], ["a"], ["a", "b"], ["a", "b", "c"]])):
         length, width = draw(st.integers(0, 6)), draw(st.sampled_from(widths))
         gradient, delta = (torch.randn((size, length, width), generator=generator) for _ in range(2))
+        if draw(st.booleans()):  # tokens of very different sizes
+            gradient *= 10 ** torch.randn((size, length, 1), generator=generator)
         mask = torch.rand((size, length), generator=generator) < fill
         if draw(st.integers(0, 4)) == 0:
             delta = -gradient  # the step undoes it: digits cancel

@@ -44,6 +44,9 @@ def one_of_each_trouble() -> None:
         torch.testing.assert_close(moved[[0, 3, 4]].flatten(1).norm(dim=1), torch.full((3,), 0.01))
         doubled = kernels.perturb_step(delta, gradient * 2, mask, step_size=1.0, epsilon=0.01, impl="triton")
         assert torch.equal(moved, doubled), "a loss scale of a power of two changes nothing"
+        gradient[3:] *= torch.tensor([1e-3, 1e3, 1.0]).view(1, 3, 1)  # chunks are measured at scales of their own
+        moved = kernels.perturb_step(delta * 0, gradient, mask, step_size=1.0, impl="triton")
+        torch.testing.assert_close(moved[3:].flatten(1).norm(dim=1), torch.ones(2))
 
 
 def kernels_to_compile() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
