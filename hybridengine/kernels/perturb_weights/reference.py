@@ -6,8 +6,8 @@ With g a weight's gradient, ||.|| over all tensors for SAM and ASAM:
     ASAM:  w += rho s^2 g / ||s g||,          s = |w| + eta
     AWP:   w += rho ||w|| g / ||g||           each tensor by itself
 
-A norm that is zero or not finite moves nothing. Norms are summed in float64; the rest is computed in float32 (float64
-for float64) and rounded to the weight's dtype. The native kernel computes in float64 throughout.
+A norm that is zero or not finite moves nothing. Computed in float32 (float64 for float64) and rounded to the weight's
+dtype; norms of several tensors are combined in float64. The native kernel computes in float64 throughout.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
     """The norm of each tensor, in one transfer."""
     if not tensors:
         return []
-    norms: list[float] = torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float64)).tolist()
+    norms: list[float] = torch.stack([norm.double() for norm in torch._foreach_norm(list(tensors))]).tolist()
     return norms
 
 
