@@ -14,11 +14,14 @@
 #include "common/parallel.h"
 #include "cross_entropy/cross_entropy.h"
 #include "dropout/dropout.h"
+#include "ema/ema.h"
 #include "embedding/embedding.h"
 #include "gelu/gelu.h"
 #include "kl_pair/kl_pair.h"
+#include "keep/keep.h"
 #include "norm/norm.h"
 #include "perturb/perturb.h"
+#include "perturb_weights/perturb_weights.h"
 
 namespace py = pybind11;
 using namespace hybridengine;
@@ -121,6 +124,51 @@ void call_perturb_step(int element, int64_t batch, const std::vector<Site>& site
   perturb_step(step);
 }
 
+// uniform, mask, output, length, width
+using Draws = std::tuple<Address, Address, Address, int64_t, int64_t>;
+
+void call_perturb_start(int element, int64_t batch, const std::vector<Draws>& sites, double epsilon, bool linf) {
+  PerturbStart start{static_cast<ElementType>(element), batch, {}, epsilon, linf};
+  for (const auto& [uniform, mask, output, length, width] : sites) {
+    start.sites.push_back({pointer<const void>(uniform), pointer<const bool>(mask), pointer<void>(output), length, width});
+  }
+  perturb_start(start);
+}
+
+// element, gradient's element, weight, gradient, saved, count
+using Weight = std::tuple<int, int, Address, Address, Address, int64_t>;
+
+// Returns norm, distance, whether a gradient had a direction, and whether a tensor was touched.
+std::tuple<double, double, bool, bool> call_perturb_weights(const std::vector<Weight>& tensors, int rule, double rho,
+                                                      double eta) {
+  std::vector<MovedWeight> weights;
+  for (const auto& [element, gradient_element, weight, gradient, saved, count] : tensors) {
+    weights.push_back({static_cast<ElementType>(element), static_cast<ElementType>(gradient_element),
+                       pointer<void>(weight), pointer<const void>(gradient), pointer<void>(saved), count});
+  }
+  const WeightMove move = perturb_weights(weights, static_cast<WeightRule>(rule), rho, eta);
+  return {move.norm, move.distance, move.usable, move.moved};
+}
+
+// target, source, bytes
+void call_copy_all(const std::vector<std::tuple<Address, Address, int64_t>>& tensors) {
+  std::vector<CopiedBytes> parts;
+  for (const auto& [target, source, bytes] : tensors) {
+    parts.push_back({pointer<void>(target), pointer<const void>(source), bytes});
+  }
+  copy_all(parts);
+}
+
+// element, weight's element, average, weight, count
+void call_ema_update(const std::vector<std::tuple<int, int, Address, Address, int64_t>>& tensors, double rate) {
+  std::vector<Average> averages;
+  for (const auto& [element, weight_element, average, weight, count] : tensors) {
+    averages.push_back({static_cast<ElementType>(element), static_cast<ElementType>(weight_element),
+                        pointer<void>(average), pointer<const void>(weight), count});
+  }
+  ema_update(averages, rate);
+}
+
 py::dict pool_statistics_as_dict() {
   const PoolStatistics statistics = pool_statistics();
   py::dict result;
@@ -144,6 +192,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("kl_pair", &call_kl_pair, without_gil);
   module.def("total_norm", &call_total_norm, without_gil);
   module.def("perturb_step", &call_perturb_step, without_gil);
+  module.def("perturb_start", &call_perturb_start, without_gil);
+  module.def("perturb_weights", &call_perturb_weights, without_gil);
+  module.def("copy_all", &call_copy_all, without_gil);
+  module.def("ema_update", &call_ema_update, without_gil);
 
   module.def("isa", &isa_name);
   module.def("supported_isas", &supported_isas);

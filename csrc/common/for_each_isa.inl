@@ -14,6 +14,7 @@
 #define HE_VECTOR_BYTES 16
 namespace on_baseline {
 #include "common/vector.inl"
+#include "common/stream.inl"
 #include HE_BODY
 }  // namespace on_baseline
 #undef HE_VECTOR_BYTES
@@ -26,6 +27,7 @@ namespace on_baseline {
 #define HE_VECTOR_BYTES 32
 namespace on_avx2 {
 #include "common/vector.inl"
+#include "common/stream.inl"
 #include HE_BODY
 }  // namespace on_avx2
 #undef HE_VECTOR_BYTES
@@ -37,6 +39,7 @@ namespace on_avx2 {
 #define HE_VECTOR_BYTES 64
 namespace on_avx512 {
 #include "common/vector.inl"
+#include "common/stream.inl"
 #include HE_BODY
 }  // namespace on_avx512
 #undef HE_VECTOR_BYTES

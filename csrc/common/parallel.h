@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 namespace hybridengine {
 
@@ -20,6 +21,26 @@ void parallel_for(int64_t count, int64_t grain, Function&& function) {
   parallel_ranges(
       count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<Plain*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&function)));
+}
+
+// Runs `function` over ranges of chunks, as many elements to each thread: `starts` says at which of `elements` a chunk
+// begins. The chunks stay whole, so that what is summed within one does not depend on the number of threads.
+template <class Function>
+void parallel_chunks(const std::vector<int64_t>& starts, int64_t elements, int64_t grain, Function&& function) {
+  const auto chunk_at = [&](int64_t element) {
+    int64_t low = 0, high = static_cast<int64_t>(starts.size());
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (starts[middle] < element) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  };
+  parallel_for(elements, grain,
+               [&](int64_t begin, int64_t end) { function(chunk_at(begin), chunk_at(end)); });
 }
 
 }  // namespace hybridengine

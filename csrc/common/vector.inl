@@ -58,42 +58,6 @@ HE_INLINE void store(Bf16* target, FloatLanes vector) {
   __builtin_memcpy(target, &narrow, sizeof(narrow));
 }
 
-// As many elements as fill HE_VECTOR_BYTES, which lie in so many vectors.
-template <class Element>
-struct Pack {
-  static constexpr int vectors = 1;
-};
-template <>
-struct Pack<Bf16> {
-  static constexpr int vectors = 2;
-};
-
-// Past the cache, to an address aligned to HE_VECTOR_BYTES: what is written once and read much later must neither be
-// fetched before nor push out what is needed sooner. No NaN among the numbers. The thread calls finish_streaming() (isa.h) when it is done.
-HE_INLINE void stream_bytes(void* target, BitLanes bits) {
-#if HE_HAS_AVX512
-  __builtin_ia32_movntps512((float*)target, (FloatLanes)bits);
-#elif HE_X86_DISPATCH && HE_VECTOR_BYTES == 32
-  __builtin_ia32_movntps256((float*)target, (FloatLanes)bits);
-#elif HE_X86_DISPATCH
-  __builtin_ia32_movntps((float*)target, (FloatLanes)bits);
-#else
-  __builtin_memcpy(target, &bits, sizeof(bits));
-#endif
-}
-HE_INLINE void stream(float* target, const FloatLanes* numbers) { stream_bytes(target, (BitLanes)numbers[0]); }
-HE_INLINE void stream(double* target, const DoubleLanes* numbers) { stream_bytes(target, (BitLanes)numbers[0]); }
-HE_INLINE void stream(Bf16* target, const FloatLanes* numbers) {
-  typedef uint16_t HalfLanes __attribute__((vector_size(HE_VECTOR_BYTES)));
-  HalfLanes parts[2], upper;
-  for (int part = 0; part < 2; ++part) {
-    const BitLanes bits = (BitLanes)numbers[part];
-    parts[part] = (HalfLanes)(bits + 0x7fffu + ((bits >> 16) & 1u));  // to nearest even, in the upper half
-  }
-  for (int lane = 0; lane < HE_VECTOR_BYTES / 2; ++lane) upper[lane] = (uint16_t)(2 * lane + 1);
-  stream_bytes(target, (BitLanes)__builtin_shuffle(parts[0], parts[1], upper));
-}
-
 // The same in double precision, kDoubleLanes elements at a time.
 HE_INLINE DoubleLanes load_wide(const double* source) { return load(source); }
 HE_INLINE DoubleLanes load_wide(const float* source) {

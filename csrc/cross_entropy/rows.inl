@@ -184,7 +184,7 @@ HE_INLINE void stream_scaled(const Accumulator<Element>* exponentials, int64_t c
   for (; i + step <= count; i += step) {
     Vector numbers[vectors];
     for (int part = 0; part < vectors; ++part) numbers[part] = load(exponentials + i + part * Lanes<Element>::count) * factor;
-    stream(gradient + i, numbers);
+    stream_numbers(gradient + i, numbers);
   }
   for (; i < count; ++i) store_one(gradient + i, exponentials[i] * factor);
 }

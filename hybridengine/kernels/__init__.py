@@ -8,6 +8,8 @@
     delta = kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=2.0)
     with kernels.patch(model):                                        # a whole language model's loss, the same way
         loss = model(input_ids, labels=labels).loss
+    with kernels.perturb_weights(weights, gradients, rho=0.05):       # SAM's move, and back to the bit
+        ...
     with kernels.fast_forward():                                      # a model's own dropout, GELU, ..., on CPUs
         output = model(**inputs)
     kernels.explain()                                                 # which implementation runs, and why not another
@@ -20,9 +22,11 @@ One folder an operation: `reference.py` is the specification, its neighbours are
 from hybridengine.kernels.cross_entropy import CrossEntropyLoss, cross_entropy
 from hybridengine.kernels.dispatch import Row, explain, read_environment, reset_used, used
 from hybridengine.kernels.dropout import dropout
+from hybridengine.kernels.ema import ema_update
 from hybridengine.kernels.embedding import embedding
 from hybridengine.kernels.forward import fast_forward
 from hybridengine.kernels.gelu import gelu
+from hybridengine.kernels.keep import Kept, keep
 from hybridengine.kernels.kl_pair import KLPairLoss, kl_pair
 from hybridengine.kernels.label_row_head import label_row_head
 from hybridengine.kernels.lazy_logits import LazyLogits, patch, why_not_patched
@@ -31,24 +35,33 @@ from hybridengine.kernels.memory import pool_report, release_pool, tune_allocato
 from hybridengine.kernels.native import set_isa
 from hybridengine.kernels.norm import total_norm
 from hybridengine.kernels.perturb import perturb_step
+from hybridengine.kernels.perturb_start import perturb_start
+from hybridengine.kernels.perturb_weights import MovedWeights, Rule, perturb_weights
 
 __all__ = [
     "CrossEntropyLoss",
     "KLPairLoss",
+    "Kept",
     "LazyLogits",
     "LinearCrossEntropyLoss",
+    "MovedWeights",
     "Row",
+    "Rule",
     "cross_entropy",
     "dropout",
+    "ema_update",
     "embedding",
     "explain",
     "fast_forward",
     "gelu",
+    "keep",
     "kl_pair",
     "label_row_head",
     "linear_cross_entropy",
     "patch",
+    "perturb_start",
     "perturb_step",
+    "perturb_weights",
     "pool_report",
     "read_environment",
     "release_pool",

@@ -101,6 +101,24 @@ class NativeModule(Protocol):
         /,
     ) -> None: ...
 
+    def perturb_start(
+        self,
+        element: int,
+        batch: int,
+        sites: list[tuple[int, int, int, int, int]],
+        epsilon: float,
+        linf: bool,
+        /,
+    ) -> None: ...
+
+    def perturb_weights(
+        self, tensors: list[tuple[int, int, int, int, int, int]], rule: int, rho: float, eta: float, /
+    ) -> tuple[float, float, bool, bool]: ...
+
+    def copy_all(self, tensors: list[tuple[int, int, int]], /) -> None: ...
+
+    def ema_update(self, tensors: list[tuple[int, int, int, int, int]], rate: float, /) -> None: ...
+
     def isa(self) -> str: ...
 
     def supported_isas(self) -> list[str]: ...

@@ -130,17 +130,27 @@ class Gradients:
                 torch._foreach_add_(parameters, own)
             yield
 
+    def ascend_weights(
+        self, gradient: Mapping[str, Tensor], *, rho: float, rule: kernels.Rule = "sam", eta: float = 0.0
+    ) -> kernels.MovedWeights:
+        """Move the named parameters uphill, now; leaving the result's context restores them (`perturb_weights`).
+
+        Not a generator: the caller may free `gradient` for the time inside.
+        """
+        optimised = self.run.optimised()
+        parameters = [optimised[name] for name in gradient]
+        moved = kernels.perturb_weights(parameters, list(gradient.values()), rho=rho, rule=rule, eta=eta)
+        if moved.usable:
+            self.trace.add("W")
+        return moved
+
     @contextlib.contextmanager
     def _kept(self, names: Iterable[str]) -> Iterator[list[Tensor]]:
         """Data of the named parameters, to be changed in place; one copy of them is the only extra memory."""
         optimised = self.run.optimised()
         parameters = [optimised[name].detach() for name in names]
-        saved = [parameter.clone() for parameter in parameters]
-        try:
+        with kernels.keep(parameters):
             yield parameters
-        finally:
-            if saved:
-                torch._foreach_copy_(parameters, saved)
 
     # ---- the update -------------------------------------------------------------------------------------------
 

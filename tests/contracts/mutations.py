@@ -65,8 +65,10 @@ MUTATIONS = (
     Mutation(
         "restore by subtraction",
         GRADIENTS,
-        "torch._foreach_copy_(parameters, saved)",
-        "torch._foreach_sub_(parameters, torch._foreach_sub(parameters, saved))",
+        "        with kernels.keep(parameters):\n            yield parameters",
+        "        saved = [parameter.clone() for parameter in parameters]\n"
+        "        try:\n            yield parameters\n        finally:\n"
+        "            torch._foreach_sub_(parameters, torch._foreach_sub(parameters, saved))",
         "tests/core/test_seams_gradients.py::test_moved_weights_are_restored_to_the_bit",
     ),
     Mutation(
@@ -107,8 +109,8 @@ MUTATIONS = (
     Mutation(
         "padding perturbed by the random start",
         FREELB,
-        "(2 * uniform - 1) * masks[site].unsqueeze(-1) * scale",
-        "(2 * uniform - 1) * scale",
+        "{site: ctx.mask(work.batch, site) for site in delta}",
+        "{site: zero[..., 0] == 0 for site, zero in delta.items()}",
         "tests/plugins/test_freelb.py::test_start_and_path_keep_to_mask_and_ball",
     ),
     Mutation(

@@ -24,7 +24,7 @@ def make(*shape: int, bias: bool = True) -> tuple[Tensor, nn.Linear, list[int]]:
 
 
 def lazy(x: Tensor, head: nn.Linear, reads: list[int]) -> kernels.LazyLogits:
-    return kernels.LazyLogits(Head(x, head.weight, head.bias, x.dtype, on_read=lambda: reads.append(1)))
+    return kernels.LazyLogits(Head(x, head.weight, head.bias, x.dtype, x.dtype, on_read=lambda: reads.append(1)))
 
 
 INDEX = torch.tensor([1, 0, 1])
@@ -180,6 +180,41 @@ def test_label_rows_equal_the_whole_head_there(rows: list[int], bias: bool, dtyp
             kernels.label_row_head(*wrong)
 
 
+class Squared(torch.autograd.Function):
+    """Somebody's loss: computed where no graph is recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return 2 * logits * gradient
+
+
+@pytest.mark.parametrize("change", [lambda y: y, lambda y: torch.tanh(y[:, 1:] / 2) * 2])
+def test_a_foreign_autograd_function_gets_its_gradient_through(change: Callable[[Tensor], Tensor]) -> None:
+    x, head, reads = make(2, 3)
+    parameters = (x, head.weight, head.bias)
+    logits = change(lazy(x, head, reads))
+    assert logits.requires_grad and logits.grad_fn is not None and not reads
+    apply: Any = Squared.apply
+    got = torch.autograd.grad(apply(logits), parameters)
+    torch.testing.assert_close(got, torch.autograd.grad(change(head(x)).square().sum(), parameters))
+    head.weight.requires_grad_(False)
+    assert torch.autograd.grad(apply(lazy(x, head, reads)), x)[0].shape == x.shape
+
+
+def test_our_other_losses_take_them_computed() -> None:
+    x, head, reads = make(6)
+    other = torch.randn(6, 7)
+    got = kernels.kl_pair(lazy(x, head, reads), other)
+    torch.testing.assert_close(got, kernels.kl_pair(head(x), other))
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(kernels.kl_pair(head(x), other), x))
+
+
 def test_read_once_and_again_with_a_graph() -> None:
     x, head, reads = make(2, 3)
     logits = lazy(x, head, reads)
@@ -198,7 +233,11 @@ def test_under_autocast_they_are_what_the_head_would_have_given() -> None:
         assert logits.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         expected = head(x)
+        labels = torch.tensor([0, 5])
+        picked, rows = expected[:, 1:].float(), expected[..., labels]
     assert torch.equal(logits.whole(), expected)
+    assert torch.equal(logits[:, 1:].float().whole(), picked)
+    assert torch.equal(logits[..., labels], rows)
 
 
 def test_patch_gives_the_head_back_and_says_why_it_cannot() -> None:

@@ -140,7 +140,8 @@ def cross_entropy(
             impl=impl,
         )
         return others
-    if impl is None and weight is None and not return_lse and z_loss == 0.0 and softcap is None and scale == 1.0:
+    plain = weight is None and z_loss == 0.0 and softcap is None and scale == 1.0
+    if plain and impl is None and not return_lse and empty in EMPTY:
         loss = quick(logits, target, ignore_index, label_smoothing, reduction)
         if loss is not None:
             return loss

@@ -41,7 +41,13 @@ def quick(logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: fl
         return None
     rows, classes = logits.shape
     kind = REDUCTIONS.get(reduction)
-    if kind is None or rows != target.shape[0] or rows == 0 or why_slower_for(rows, classes) is None:
+    if (
+        kind is None
+        or rows != target.shape[0]
+        or rows == 0
+        or not 0.0 <= label_smoothing <= 1.0
+        or why_slower_for(rows, classes) is None
+    ):
         return None
     if may_ignore(target, classes, ignore_index) or not logits.is_cpu or is_overridden("cross_entropy"):
         return None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from hybridengine.kernels.dispatch import Implementation, Operation
 from hybridengine.kernels.kl_pair import cpu, reference, triton
@@ -56,6 +57,11 @@ def kl_pair(
         KernelUnavailable: if `impl` cannot run these arguments.
         ValueError: for a wrong shape, mask, temperature, `reduction`, `direction` or `empty`.
     """
+    if has_torch_function((a, b)):  # logits that are not computed yet: they compute themselves and come again
+        ourselves: Any = kl_pair
+        options = {"temperature": temperature, "mask": mask, "reduction": reduction, "direction": direction}
+        others: Tensor = handle_torch_function(ourselves, (a, b), a, b, **options, empty=empty, impl=impl)
+        return others
     if a.dim() != 2 or a.shape != b.shape:
         raise ValueError(f"expected two tensors [N, V], got {tuple(a.shape)} and {tuple(b.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != a.shape[:1]):

@@ -13,14 +13,16 @@ __all__ = ["Head"]
 
 
 class Head(NamedTuple):
-    """`outer * tanh(scale * (x @ weight.T + bias))`, or without `tanh` and `outer`, in `dtype`.
+    """`outer * tanh(scale * (x @ weight.T + bias))`, or without `tanh` and `outer`.
 
-    x [..., H], weight [V, H], bias [V]. `on_read` is called before all of it is computed.
+    x [..., H], weight [V, H], bias [V]. `made_in` is the dtype that the model multiplies in, `dtype` that of the
+    result. `on_read` is called before all of it is computed.
     """
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
+    made_in: torch.dtype
     dtype: torch.dtype
     scale: float = 1.0
     squashed: bool = False
@@ -46,14 +48,16 @@ class Head(NamedTuple):
         """Return the logits, computed as the model would have."""
         if self.on_read is not None:
             self.on_read()
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        cast = half and (self.x.dtype != self.dtype or self.weight.dtype != self.dtype)
-        with torch.autocast(self.x.device.type, dtype=self.dtype if cast else None, enabled=cast):
-            logits = functional.linear(self.x, self.weight, self.bias)
-        logits = logits.to(self.dtype)
+        with torch.autocast(self.x.device.type, enabled=False):
+            logits = functional.linear(*self.as_made()).to(self.dtype)
         logits = logits if self.scale == 1.0 else logits * self.scale
         logits = torch.tanh(logits) if self.squashed else logits
         return logits if self.outer == 1.0 else logits * self.outer
+
+    def as_made(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return x, weight and bias in the dtype that the model multiplies in."""
+        kind = self.made_in
+        return self.x.to(kind), self.weight.to(kind), None if self.bias is None else self.bias.to(kind)
 
     def scaled(self, factor: float) -> Head:
         """Return the logits times `factor`."""

@@ -10,12 +10,40 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from hybridengine.kernels import operators
 from hybridengine.kernels.cross_entropy import cross_entropy
 from hybridengine.kernels.label_row_head import label_row_head
 from hybridengine.kernels.lazy_logits.head import Head
 from hybridengine.kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["LazyLogits"]
+
+
+class _Node(torch.autograd.Function):
+    """The place of lazy logits in autograd's graph, for whoever takes them past `__torch_function__`.
+
+    Another autograd function, for instance, computes them where no graph is recorded; the gradient it gives back comes
+    through here all the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        nothing = x.new_empty(0)  # the graph must not hold itself
+        ctx.head = head._replace(x=nothing, weight=nothing, bias=None, on_read=None)
+        ctx.save_for_backward(x, weight, bias)
+        make: Any = Tensor._make_wrapper_subclass
+        made: Tensor = make(LazyLogits, head.shape, dtype=head.dtype, device=x.device)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        head = ctx.head._replace(x=x, weight=weight, bias=bias)
+        wanted = [one for one, want in zip((x, weight, bias), ctx.needs_input_grad[1:], strict=True) if want]
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            found = iter(torch.autograd.grad(head.whole(), wanted, gradient, create_graph=again))
+        return None, *(next(found) if want else None for want in ctx.needs_input_grad[1:])
 
 
 class LazyLogits(Tensor):
@@ -27,8 +55,7 @@ class LazyLogits(Tensor):
     @staticmethod
     def __new__(cls: type[LazyLogits], head: Head) -> LazyLogits:
         """`head` is what they are made of."""
-        make: Any = Tensor._make_wrapper_subclass
-        made: LazyLogits = make(cls, head.shape, dtype=head.dtype, device=head.x.device)
+        made: LazyLogits = operators.apply(_Node, head, head.x, head.weight, head.bias)
         made.head, made._computed = head, None
         return made
 
@@ -127,7 +154,8 @@ def _chosen_classes(logits: LazyLogits, parts: tuple[Any, ...]) -> Any:
     of_rows = isinstance(classes, Tensor) and classes.dim() == 1 and classes.dtype == torch.int64
     if not plain or not of_rows or head.scale != 1.0 or head.squashed:
         return NotImplemented
-    return label_row_head(head.x[tuple(positions)], head.weight, classes, bias=head.bias).to(head.dtype)
+    x, weight, bias = head._replace(x=head.x[tuple(positions)]).as_made()
+    return label_row_head(x, weight, classes, bias=bias).to(head.dtype)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -220,7 +248,8 @@ def _our_cross_entropy(logits: Any, target: Tensor, *, weight: Tensor | None = N
 
 
 _METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "__len__", "is_floating_point", "is_complex")),
 }
 _LAZY: dict[Any, Callable[..., Any]] = {

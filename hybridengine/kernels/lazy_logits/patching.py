@@ -61,7 +61,7 @@ def patch(model: nn.Module, *, on_read: Callable[[], None] | None = None) -> Ite
         device = input.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = torch.result_type(input, head.weight) if cast is None else cast
-        return LazyLogits(Head(input, head.weight, head.bias, dtype, on_read=on_read))
+        return LazyLogits(Head(input, head.weight, head.bias, dtype, dtype, on_read=on_read))
 
     found.forward = MethodType(forward, found)  # type: ignore[method-assign]
     try:

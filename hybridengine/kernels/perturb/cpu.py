@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.dispatch import record
+from hybridengine.kernels.perturb.operator import run_cpu as run
+from hybridengine.kernels.perturb.operator import why_not_these
 from hybridengine.kernels.perturb.site import Site
 
 __all__ = ["run", "why_missing", "why_not"]
@@ -16,28 +17,9 @@ why_missing = native.why_missing
 
 def why_not(sites: list[Site]) -> str | None:
     """Say why these arguments cannot run here."""
-    if not sites:
-        return "there is no site"
-    dtype = sites[0].delta.dtype
-    for site in sites:
-        if any(one.device.type != "cpu" for one in site):
-            return "a tensor is not on the CPU"
-        if site.delta.dtype != dtype or site.gradient.dtype != dtype or dtype not in native.ELEMENT_TYPES:
-            return f"it takes one of float32, bfloat16, float64 for all tensors, got {site.delta.dtype}"
-        if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, site)):
-            return "it has no rule for torch.func transforms"
-    return None
-
-
-def run(sites: list[Site], step_size: float, epsilon: float | None, linf: bool) -> list[Tensor]:
-    """Return the new delta of each site."""
-    delta, gradient, mask = ([getattr(site, name) for site in sites] for name in Site._fields)
-    results: list[Tensor] = torch.ops.hybridengine.perturb_step(delta, gradient, mask, step_size, epsilon, linf, "cpu")
-    return results
-
-
-def _fake(delta: list[Tensor], *_: object) -> list[Tensor]:
-    return [torch.empty_like(one, memory_format=torch.contiguous_format) for one in delta]
+    if any(one.device.type != "cpu" for site in sites for one in site):
+        return "a tensor is not on the CPU"
+    return why_not_these(sites, tuple(native.ELEMENT_TYPES))
 
 
 def _operator(
@@ -57,9 +39,4 @@ def _operator(
     return results
 
 
-operators.define(
-    "perturb_step(Tensor[] delta, Tensor[] gradient, Tensor[] mask, float step_size, float? epsilon, bool linf, "
-    "str impl) -> Tensor[]",
-    _fake,
-)
 operators.implement("perturb_step", "cpu", _operator)

@@ -6,8 +6,8 @@ For each sequence, with g the gradient where the mask keeps and 0 elsewhere, nor
            delta' = z min(1, epsilon / ||z||)         (no projection without epsilon)
     Linf:  delta' = clamp(delta + step_size sign(g), -epsilon, epsilon)
 
-A sequence whose g is not finite keeps its delta. Masked positions become 0. Computed in float32 (float64 for float64)
-and rounded once to delta's dtype.
+By token, each token of each site stands for a sequence. A sequence whose g is not finite keeps its delta. Masked
+positions become 0. Computed in float32 (float64 for float64) and rounded once to delta's dtype.
 """
 
 from __future__ import annotations

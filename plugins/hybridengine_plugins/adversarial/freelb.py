@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from hybridengine import kernels
 from hybridengine.plugin import Band, Traits, hook, parameter
 from hybridengine.seams import Context, Work, add_terms, sequence_norms
 
@@ -81,10 +82,8 @@ class FreeLB:
         delta = ctx.zeros(work.batch)
         if self.init == 0:
             return delta
-        masks = {site: ctx.mask(work.batch, site).to(zero.dtype) for site, zero in delta.items()}
-        counts = [masks[site].sum(1) * zero.shape[-1] for site, zero in delta.items()]
-        scale = self.init / sum(counts[1:], counts[0]).clamp_min(1).sqrt()
-        for site, zero in delta.items():
-            uniform = ctx.rng(f"freelb/{site}", work.batch.rows).uniform(*zero.shape[1:]).to(zero)
-            delta[site] = (2 * uniform - 1) * masks[site].unsqueeze(-1) * scale.view(-1, 1, 1)
-        return delta
+        rows, masks = work.batch.rows, {site: ctx.mask(work.batch, site) for site in delta}
+        draws = {
+            site: ctx.rng(f"freelb/{site}", rows).uniform(*zero.shape[1:]).to(zero) for site, zero in delta.items()
+        }
+        return kernels.perturb_start(draws, masks, epsilon=self.init)

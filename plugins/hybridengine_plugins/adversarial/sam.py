@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from hybridengine.plugin import Band, Traits, hook, parameter
@@ -40,8 +38,8 @@ class SAM:
         order=Band.WEIGHT_PERTURBATION,
         slots=("weight_perturbation",),
         effect="perturbation_norm",
-        cost="the inner passes twice, and a copy of the trainable weights beside their gradient; 2x a plain step",
-        state=2,
+        cost="the inner passes twice, and a copy of the trainable weights; 2x a plain step",
+        state=1,
         paper="Foret et al.: Sharpness-Aware Minimization, ICLR 2021; Kwon et al.: ASAM, ICML 2021",
         combines="lora, ema, rdrop; it doubles the cost of an embedding attack; not with another weight perturbation",
     )
@@ -57,28 +55,16 @@ class SAM:
         """Gradient at w, move, gradient at w + e."""
         terms = inner(ctx, works)
         gradient = ctx.take_grads()
-        offsets = self._offsets(ctx, gradient)
-        if not offsets:
+        weights = ctx.run.perturbed()
+        uphill = {name: g for name, g in gradient.items() if name in weights}
+        moved = ctx.ascend_weights(uphill, rho=self.rho, rule="asam" if self.adaptive else "sam", eta=self.eta)
+        if not moved.usable:
             ctx.add_grads(gradient)
             return terms
-        del gradient
-        with ctx.moved(offsets):
+        del gradient, uphill  # their memory is free for the second pass
+        with moved:
+            if ctx.run.step % _MEASURE_EVERY == 0:
+                ctx.report(self, perturbation_norm=moved.distance())
             there = inner(ctx, works)
         ctx.report(self, loss_gain=sum(there.values()) - sum(terms.values()))
-        if ctx.run.step % _MEASURE_EVERY == 0:
-            ctx.report(self, perturbation_norm=torch.nn.utils.get_total_norm(list(offsets.values())))
         return terms
-
-    def _offsets(self, ctx: Context, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """e by name, made in place of the gradient: its memory is needed no more once e is known."""
-        weights = ctx.run.perturbed()
-        moved = {name: g for name, g in gradient.items() if name in weights}
-        size = [weights[name].detach().abs() + self.eta for name in moved] if self.adaptive else []
-        measured = torch._foreach_mul(size, list(moved.values())) if size else list(moved.values())
-        norm = float(torch.nn.utils.get_total_norm(measured)) if measured else 0.0
-        if not (norm > 0 and math.isfinite(norm)):
-            return {}
-        if size:
-            moved = dict(zip(moved, torch._foreach_mul(measured, size), strict=True))
-        torch._foreach_mul_(list(moved.values()), self.rho / norm)
-        return moved

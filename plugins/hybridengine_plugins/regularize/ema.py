@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hybridengine import kernels
 from hybridengine.plugin import Band, Traits, hook, parameter
 from hybridengine.seams import Context, Work
 
@@ -57,9 +58,9 @@ class EMA:
         terms = inner(ctx, works)
         step = ctx.run.step
         rate = 1 - min(self.decay, (1 + step) / (10 + step))
-        weights = {name: _wide(weight) for name, weight in ctx.run.optimised().items() if name in shadow}
+        weights = {name: weight.detach() for name, weight in ctx.run.optimised().items() if name in shadow}
         averages = [shadow[name] for name in weights]
-        torch._foreach_lerp_(averages, list(weights.values()), rate)
+        kernels.ema_update(averages, list(weights.values()), rate=rate)
         if step % _MEASURE_EVERY == 0:
             apart = [average - weight for average, weight in zip(averages, weights.values(), strict=True)]
             ctx.report(self, distance=torch.nn.utils.get_total_norm(apart))
