@@ -152,13 +152,16 @@ def _refuse_slow(name: str, call: Computation, bench: Bench) -> None:
 
 def _add_times(row: dict[str, Any], ready: Mapping[str, Computation], bench: Bench) -> None:
     """Medians with quartiles, and how many times faster ours is: ratios of the medians."""
-    rounds = alternate(ready, bench.effort, bench.synchronize)
+
+    def clear() -> None:
+        for call in ready.values():
+            call.clear()
+
+    rounds = alternate(ready, bench.effort, bench.synchronize, clear=clear)
     used = kept(rounds)
     shares = [one.foreign for one in used if one.foreign is not None]
     row |= {"rounds": len(rounds), "foreign_cpu_share": sum(shares) / len(shares) if shares else None}
     times = {name: Timing.of([one.seconds[name] for one in used]) for name in ready}
-    for call in ready.values():
-        call.clear()
     for name, one in times.items():
         row["variants"][name] |= {
             "median_ms": one.median * 1e3,
