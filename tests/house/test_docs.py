@@ -54,6 +54,18 @@ def test_every_hook_stands_in_the_cookbook_with_its_signature() -> None:
     assert found == wanted
 
 
+def test_every_kernel_stands_on_its_page_whose_code_runs() -> None:
+    from hybridengine import kernels
+
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)", page))
+    helpers = {"Kept", "MovedWeights", "Row", "Rule", "explain", "read_environment", "reset_used", "set_isa", "used"}
+    helpers |= {"tune_allocator", "why_not_patched"}
+    told |= set(re.findall(r"kernels\.(\w+)\(", page))
+    assert set(kernels.__all__) - helpers <= told
+    exec(blocks(page, "python")[0], {})
+
+
 def test_every_trait_and_band_stands_in_the_cookbook() -> None:
     from hybridengine.plugin import Band, Traits
 
