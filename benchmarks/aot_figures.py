@@ -54,6 +54,9 @@ _CE_SMOOTHED = _CE | {"TARGET": 1, "WEIGHTED": True, "CAPPED": True, "Z": True}
 _CE_SOFT = _CE_SMOOTHED | {"TARGET": 2}
 _CE_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
+_KL = {"CLASSES": 32000, "SYMMETRIC": True, "WANT_A": True, "WANT_B": True, "HAS_MASK": False, "BLOCK": 2048}
+_STEP = {"WIDTH": 768, "BLOCK": 4096}
+
 TRITON_KERNELS = (
     TritonKernel(
         "hybridengine.kernels.cross_entropy.triton_rows:forward_rows",
@@ -75,6 +78,30 @@ TRITON_KERNELS = (
             "soft, everything on": _CE_SOFT | {"LSE_GRADIENT": True},
         },
         _CE_OPTIONS,
+    ),
+    TritonKernel(
+        "hybridengine.kernels.kl_pair.triton_rows:kl_rows",
+        "*E *E *i1 *fp32 *fp32 *E *E i64 i64 fp32",
+        {"both gradients": _KL, "one gradient, masked": _KL | {"WANT_B": False, "HAS_MASK": True}},
+        {"num_warps": 8},
+    ),
+    TritonKernel(
+        "hybridengine.kernels.perturb.triton_kernel:_whole",
+        "*E *E *u8 *E i32 fp32 fp32",
+        {"projected": _STEP | {"LINF": False, "PROJECT": True}},
+        {"num_warps": 8},
+    ),
+    TritonKernel(
+        "hybridengine.kernels.perturb.triton_kernel:_measure_gradient",
+        "*E *E *u8 *fp32 i32 i32 i32 i32",
+        {"a chunk": _STEP},
+        {"num_warps": 8},
+    ),
+    TritonKernel(
+        "hybridengine.kernels.perturb.triton_kernel:_write",
+        "*E *E *u8 *E *fp32 *fp32 i32 i32 i32 fp32 fp32",
+        {"projected": _STEP | {"LINF": False, "PROJECT": True, "PARTS": 32}},
+        {"num_warps": 8},
     ),
 )
 
