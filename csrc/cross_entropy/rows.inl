@@ -97,6 +97,11 @@ HE_INLINE double slope_one(const CrossEntropy& problem, double x) {
   return slope(problem, splat<typename Lanes<Element>::Vector>((Accumulator<Element>)x))[0];
 }
 
+// Whether every class has a target of its own, beside the label's.
+HE_INLINE bool has_dense_targets(const CrossEntropy& problem) {
+  return problem.smoothing != 0.0 || problem.soft_target;
+}
+
 // The targets q at the classes from `start`, without the label's own share.
 template <class Element, class Size>
 HE_INLINE typename Lanes<Element>::Vector dense_targets(const CrossEntropy& problem, int64_t row, int64_t start, Size size) {
@@ -148,7 +153,7 @@ HE_INLINE Row read_row(const CrossEntropy& problem, int64_t index, const Element
         store(kept + i, shaped_logit(problem, load(logits + start + i, size, 0.0f)), size);
       });
       const double maximum = block_maximum(kept, count);
-      if (problem.smoothing != 0.0 || problem.soft_target) {
+      if (has_dense_targets(problem)) {
         const double shift = maximum == -__builtin_inf() ? 0.0 : maximum;
         double mass, deviations;
         add_dense<Element>(problem, index, start, count, kept, shift, &mass, &deviations);
@@ -168,7 +173,7 @@ HE_INLINE Row read_row(const CrossEntropy& problem, int64_t index, const Element
   for (int64_t b = 0; b < block_count; ++b) {
     if (blocks[b].exponentials != 0.0) row.exponentials += blocks[b].exponentials * decay(blocks[b].shift - shift);
   }
-  if (row.dense != 0.0) row.deviations += row.dense * row.maximum - dense_shift;
+  if (kShaped && has_dense_targets(problem)) row.deviations += row.dense * row.maximum - dense_shift;
   return row;
 }
 
@@ -196,7 +201,7 @@ HE_INLINE void write_gradient(const CrossEntropy& problem, int64_t index, const 
                               double by_q, Element* gradient) {
   using Vector = typename Lanes<Element>::Vector;
   using Scalar = Accumulator<Element>;
-  const bool dense = kShaped && row.dense != 0.0;
+  const bool dense = kShaped && has_dense_targets(problem);
   const bool streams =
       gradient != logits && problem.classes >= kBlock && problem.rows * problem.classes >= kStreamedElements;
   for (int64_t start = 0; start < problem.classes; start += kBlock, ++blocks) {
@@ -242,10 +247,11 @@ HE_INLINE RowResult finish_row(const CrossEntropy& problem, int64_t index, doubl
   const double label_weight = label >= 0 && problem.weight ? (double)((const Scalar*)problem.weight)[label] : 1.0;
   const double hard = label < 0 ? 0.0 : (1.0 - problem.smoothing) * label_weight;
   const double log_sum = __builtin_log(row.exponentials);
-  const double lse = row.maximum + log_sum;
+  // A row of -inf has no softmax.
+  const double lse = row.exponentials == 0.0 ? __builtin_nan("") : row.maximum + log_sum;
   // (M - y) + log S, not lse - y: for logits around 1e30 the latter would be 0.
-  double loss = label < 0 ? 0.0 : hard * ((row.maximum - label_logit) + log_sum);
-  if (kShaped && row.dense != 0.0) loss += row.deviations + row.dense * log_sum;
+  double loss = hard == 0.0 ? 0.0 : hard * ((row.maximum - label_logit) + log_sum);
+  if (kShaped && has_dense_targets(problem)) loss += row.deviations + row.dense * log_sum;
   if constexpr (kGradient) {
     const double by_q = by_loss * problem.loss_factor;
     const double by_p = by_q * (hard + row.dense) + by_loss * (2.0 * problem.z_factor * problem.z_loss) * lse + by_lse;
@@ -254,7 +260,7 @@ HE_INLINE RowResult finish_row(const CrossEntropy& problem, int64_t index, doubl
     const double probability = kept / row.exponentials;
     const double label_slope = kShaped ? slope_one<Element>(problem, label_raw) : 1.0;
     double uniform = 0.0;
-    if (kShaped && row.dense != 0.0) uniform = problem.smoothing / (double)classes * label_weight;
+    if (kShaped && has_dense_targets(problem)) uniform = problem.smoothing / (double)classes * label_weight;
     write_gradient<Element, kShaped>(problem, index, logits, exponentials, blocks, row, by_p, by_q, gradient);
     if (label >= 0) store_one(gradient + label, label_slope * (by_p * probability - by_q * (hard + uniform)));
   }

@@ -104,8 +104,39 @@ def perturb() -> None:
         delta = {"a": torch.randn(3, 5, width).to(dtype), "b": torch.randn(3, 2, 9).to(dtype)}
         gradient = {site: torch.randn_like(one) for site, one in delta.items()}
         mask = {site: torch.rand(one.shape[:2]) > 0.3 for site, one in delta.items()}
-        for epsilon in (None, 0.5):
-            kernels.perturb_step(delta, gradient, mask, step_size=1.0, epsilon=epsilon, norm=norm, impl="cpu")
+        for epsilon, per in itertools.product((None, 0.5), ("sequence", "token")):
+            sizes = {"step_size": 1.0, "epsilon": epsilon, "norm": norm, "per": per}
+            kernels.perturb_step(delta, gradient, mask, impl="cpu", **sizes)
+        uniform = {site: torch.rand(one.shape).to(one.dtype) for site, one in delta.items()}
+        for per in ("sequence", "token"):
+            kernels.perturb_start(uniform, mask, epsilon=0.3, norm=norm, per=per, impl="cpu")
+
+
+def divergence() -> None:
+    from hybridengine import kernels
+
+    for classes, dtype, direction in itertools.product((*CLASSES, 127, 129), FLOATS, ("symmetric", "forward")):
+        memory = torch.randn(2, 5, classes + 3).to(dtype)
+        for columns in (slice(0, classes), slice(3, None)):
+            a, b = (one[:, columns].detach().requires_grad_() for one in memory)
+            for mask in (None, torch.tensor([True, False, True, True, False])):
+                kernels.kl_pair(a, b, mask=mask, direction=direction, impl="cpu").backward()
+                kernels.kl_pair(a, b.detach(), mask=mask, direction=direction, reduction="none", impl="cpu")
+
+
+def many_tensors() -> None:
+    from hybridengine import kernels
+
+    for dtype in FLOATS:
+        weights, gradients = ([torch.randn(count).to(dtype) for count in COUNTS] for _ in range(2))
+        for rule in ("sam", "asam", "awp"):
+            with kernels.perturb_weights(weights, gradients, rho=0.05, rule=rule, impl="cpu") as moved:
+                moved.distance()
+        with kernels.keep(weights, impl="cpu"):
+            torch._foreach_add_(weights, gradients)
+    for dtype in (torch.float32, torch.float64):
+        averages, weights = ([torch.randn(count).to(dtype) for count in COUNTS] for _ in range(2))
+        kernels.ema_update(averages, weights, rate=0.1, impl="cpu")
 
 
 def memory() -> None:
@@ -129,7 +160,7 @@ def main() -> int:
     torch.manual_seed(0)
     for isa in native.module().supported_isas():
         kernels.set_isa(isa)
-        for exercise in (cross_entropy, elementwise, embedding, perturb):
+        for exercise in (cross_entropy, elementwise, embedding, perturb, divergence, many_tensors):
             exercise()
     memory()
     everything = {name for name in dir(native.module()) if not name.startswith("_")}

@@ -219,7 +219,8 @@ def _at(tensor: Tensor | None, dim: int | None, index: int) -> Tensor | None:
 
 
 def _may_overwrite(logits: Tensor) -> bool:
-    return logits.is_contiguous() and not logits.is_leaf
+    base = logits._base
+    return logits.is_contiguous() and not logits.is_leaf and (base is None or not base.is_leaf)
 
 
 def run_operator(

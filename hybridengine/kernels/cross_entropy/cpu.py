@@ -140,10 +140,9 @@ def reduced(rows: Tensor, options: Options, factors: Factors) -> Tensor:
     """Return the loss of row losses [N]; they hold their factors already."""
     if options.reduction == REDUCTIONS["none"]:
         return rows
-    if factors.empty:
-        return rows.new_full((), 0.0 if options.empty_is_zero else float("nan"))
+    nothing = float("nan") if factors.empty and not options.empty_is_zero else 0.0
     total = native.module().sum_in_order(native.ELEMENT_TYPES[rows.dtype], rows.data_ptr(), len(rows))
-    return rows.new_full((), total)
+    return rows.new_full((), total + nothing)
 
 
 def _forward(logits: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

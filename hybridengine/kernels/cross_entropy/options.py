@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybridengine.kernels.native import accumulator_dtype
 
-__all__ = ["EMPTY", "REDUCTIONS", "SCHEMA", "Options", "factors", "is_soft"]
+__all__ = ["EMPTY", "REDUCTIONS", "SCHEMA", "Options", "factors", "is_soft", "without_ignored"]
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the numbers of torch.nn._reduction
 EMPTY = ("nan", "zero")
@@ -39,6 +39,11 @@ class Options(NamedTuple):
 def is_soft(target: Tensor) -> bool:
     """Whether `target` holds probabilities instead of labels."""
     return target.is_floating_point()
+
+
+def without_ignored(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return rows `x` with zeros where the label is ignored: 0 * NaN would be NaN in every derivative."""
+    return x.masked_fill((target == ignore_index).unsqueeze(-1), 0)
 
 
 def factors(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native
-from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, factors, is_soft
+from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, factors, is_soft, without_ignored
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.modes import is_transformed
 
@@ -49,8 +49,7 @@ def run(
     w = weight if weight is None or weight.dtype == dtype else weight.to(dtype)
     if not is_soft(target):
         if may_ignore(target, x.shape[-1], options.ignore_index):
-            # 0 * NaN would be NaN in every derivative.
-            x = x.masked_fill((target == options.ignore_index).unsqueeze(-1), 0)
+            x = without_ignored(x, target, options.ignore_index)
         if options.is_plain and not want_lse and (w is None or options.label_smoothing == 0.0):
             return _torchs_own(x, target, w, options), None
     return _in_full(x, target, w, options)
@@ -64,10 +63,14 @@ def capped(x: Tensor, options: Options) -> Tensor:
 
 def _torchs_own(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
     """What `torch.nn.functional.cross_entropy` calls after its checks; small losses feel the difference."""
-    zero_if_empty = options.reduction == REDUCTIONS["mean"] and options.empty_is_zero
-    reduction = REDUCTIONS["sum"] if zero_if_empty else options.reduction
+    # Torch's mean has a gradient of NaN where the summed weight is 0; over no row at all, 0.
+    by_hand = options.reduction == REDUCTIONS["mean"] and (options.empty_is_zero or weight is not None)
+    reduction = REDUCTIONS["sum"] if by_hand else options.reduction
     loss = _torch_cross_entropy(x, target, weight, reduction, options.ignore_index, options.label_smoothing)
-    return loss * factors(x, target, weight, options)[0] if zero_if_empty else loss
+    if not by_hand:
+        return loss
+    by_loss, _, nothing = factors(x, target, weight, options)
+    return loss * by_loss + nothing
 
 
 def _in_full(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,7 @@ def _in_full(x: Tensor, target: Tensor, weight: Tensor | None, options: Options)
     else:
         counted = target != options.ignore_index
         label = target.masked_fill(~counted, 0)
-        rows = (1 - options.label_smoothing) * w[label] * surprise.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+        rows = _expected(surprise.gather(-1, label.unsqueeze(-1)), ((1 - options.label_smoothing) * w[label])[:, None])
         if uniform:
             rows = rows + _expected(surprise, uniform * w)
         rows, lse = torch.where(counted, rows, 0), torch.where(counted, lse, 0)

@@ -181,7 +181,7 @@ def _as_rows(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cla
         if one is not None and one.shape != (classes,):
             raise ValueError(f"expected {name} [{classes}], one for each class, got {tuple(one.shape)}")
     rows = x.reshape(-1, x.shape[-1])
-    return Head(rows, weight, bias, target.reshape(len(rows), -1) if soft else target.reshape(-1), class_weight)
+    return Head(rows, weight, bias, target.reshape(len(rows), classes) if soft else target.reshape(-1), class_weight)
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):

@@ -93,7 +93,7 @@ def _backward(ctx: Any, by_loss: Tensor | None, by_lse: Tensor | None) -> Gradie
     elif ready and by_loss is not None:
         ctx.ready = False  # the caller may keep the buffers and add to them: a second backward computes new ones
         for one in unit:
-            native.scale_rows(one.view(1, -1), by_loss)
+            native.scale_rows(one if one.dim() == 2 else one.view(1, -1), by_loss)
         return _masked(unit, ctx.wanted)
     again = torch.ops.hybridengine.linear_cross_entropy_backward
     return _masked(again(by_loss, by_lse, *head, *ctx.options, *ctx.split, list(ctx.wanted), ctx.impl), ctx.wanted)
@@ -103,11 +103,18 @@ def _masked(gradients: Any, wanted: Wanted) -> Gradients:
     return Gradients(*(one if want else None for one, want in zip(gradients, wanted, strict=True)))
 
 
+def _is_float16(head: Head) -> bool:
+    device = head.x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        return True
+    return any(one is not None and one.dtype == torch.float16 for one in head[:3])
+
+
 def run_operator(impl: str, head: Head, options: Options, want_lse: bool, split: Split) -> tuple[Tensor, Tensor]:
     """Return loss and log-sum-exps [N] through the operators."""
     recorded = torch.is_grad_enabled()
     wanted = Wanted(*(recorded and one is not None and one.requires_grad for one in head[:3]))
     early = any(wanted) and not want_lse and options.reduction != REDUCTIONS["none"]
-    early = early and head.x.dtype != torch.float16  # the loss scale that comes in keeps small gradients from vanishing
+    early = early and not _is_float16(head)  # the loss scale that comes in keeps small gradients from vanishing
     result = operators.apply(_LinearCrossEntropy, early, split, wanted, impl, *head, *options)
     return result[0], result[1]

@@ -70,7 +70,11 @@ def run(
     counted = head._replace(x=head.x[index], target=head.target[index])
     loss, lse, gradients = _run(counted, options, block, wanted, factors, by_loss, by_lse)
     whole = [one.new_zeros(len(head.x)).index_copy(0, index, one) for one in (loss, lse)]
-    by_x = None if gradients.x is None else torch.zeros_like(head.x).index_copy(0, index, gradients.x)
+    by_x = (
+        None
+        if gradients.x is None
+        else torch.zeros_like(head.x, memory_format=torch.contiguous_format).index_copy(0, index, gradients.x)
+    )
     return whole[0], whole[1], gradients._replace(x=by_x)
 
 
@@ -142,7 +146,7 @@ def _second_pass(
     x: Tensor, head: Head, options: Options, block: int, wanted: Wanted, maximum: Tensor, of_p: Tensor, of_q: Tensor
 ) -> Gradients:
     """The gradients from G = y' (of_p exp(y - maximum) - of_q q), all [N, 1]."""
-    by_x = torch.zeros_like(x) if wanted.x else None
+    by_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if wanted.x else None
     by_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None
     by_bias = torch.empty_like(head.bias) if wanted.bias and head.bias is not None else None
     for at, weight, logits in _blocks(x, head, block):

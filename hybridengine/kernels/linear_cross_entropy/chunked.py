@@ -83,7 +83,8 @@ class _Sums:
         self.chunk: Tensor | None = None
         self.x = self.weight = self.bias = None
         if wanted.x:
-            self.x = torch.empty_like(head.x) if every_row else torch.zeros_like(head.x)
+            make = torch.empty_like if every_row else torch.zeros_like
+            self.x = make(head.x, memory_format=torch.contiguous_format)
         if wanted.weight:
             self.weight = _empty(tuple(head.weight.shape), dtype, head.x.device)
         if wanted.bias:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hybridengine.kernels import operators
 from hybridengine.kernels.cross_entropy.derivatives import Problem, gradient, second_derivative
-from hybridengine.kernels.cross_entropy.options import Options, factors
+from hybridengine.kernels.cross_entropy.options import Options, factors, is_soft, without_ignored
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
 from hybridengine.kernels.native import accumulator_dtype
 
@@ -53,7 +53,8 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(by_loss, by_lse, *head)
         if unit[0] is not None:
             return tuple((one * by_loss).to(one.dtype) for one in unit)
-        return _first(by_loss, by_lse, head, options, chunk_rows)
+        with torch.autocast(head.x.device.type, enabled=False):
+            return _first(by_loss, by_lse, head, options, chunk_rows)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
@@ -61,8 +62,9 @@ class _Gradients(torch.autograd.Function):
         if all(one is None for one in directions):
             return (None,) * (7 + len(tensors) + len(ctx.options))
         second = _Second(by_loss, by_lse, Head(*tensors), ctx.options)
-        for start in range(0, len(tensors[0]), ctx.chunk_rows):
-            second.add(slice(start, start + ctx.chunk_rows), directions)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            for start in range(0, len(tensors[0]), ctx.chunk_rows):
+                second.add(slice(start, start + ctx.chunk_rows), directions)
         to_loss, to_lse, to_x, to_weight, to_bias = second.result()
         return to_loss, to_lse, *[None] * 5, to_x, to_weight, to_bias, *[None] * (2 + len(ctx.options))
 
@@ -71,8 +73,13 @@ def _problem(at: slice, logits: Tensor, head: Head, options: Options, by: tuple[
     return Problem(logits, head.target[at], head.class_weight, options, by[0], by[1])
 
 
-def _logits(at: slice, head: Head, dtype: torch.dtype) -> Tensor:
-    logits = head.x[at].to(dtype) @ head.weight.to(dtype).t()
+def _rows(at: slice, head: Head, options: Options, dtype: torch.dtype) -> Tensor:
+    x = head.x[at].to(dtype)
+    return x if is_soft(head.target) else without_ignored(x, head.target[at], options.ignore_index)
+
+
+def _logits(x: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    logits = x @ head.weight.to(dtype).t()
     return logits if head.bias is None else logits + head.bias.to(dtype)
 
 
@@ -90,10 +97,11 @@ def _first(
     to_x, to_weight, to_bias = [], torch.zeros_like(weight), weight.new_zeros(len(weight))
     for start in range(0, len(head.x), chunk_rows):
         at = slice(start, start + chunk_rows)
-        problem = _problem(at, _logits(at, head, dtype), head, options, by)
+        x = _rows(at, head, options, dtype)
+        problem = _problem(at, _logits(x, head, dtype), head, options, by)
         g = gradient(_part(by_loss, at), _part(by_lse, at), problem)
         to_x.append(g @ weight)
-        to_weight = to_weight + g.t() @ head.x[at].to(dtype)
+        to_weight = to_weight + g.t() @ x
         to_bias = to_bias + g.sum(0)
     by_x = torch.cat(to_x) if to_x else torch.zeros_like(head.x)
     bias_dtype = head.weight.dtype if head.bias is None else head.bias.dtype
@@ -117,7 +125,8 @@ class _Second:
     def add(self, at: slice, directions: tuple[Tensor | None, ...]) -> None:
         """Add a chunk of rows."""
         v_x, v_weight, v_bias = (None if one is None else one.to(self.dtype) for one in directions)
-        x, logits = self.head.x[at].to(self.dtype), _logits(at, self.head, self.dtype)
+        x = _rows(at, self.head, self.options, self.dtype)
+        logits = _logits(x, self.head, self.dtype)
         u = torch.zeros_like(logits)
         if v_x is not None:
             u = u + v_x[at] @ self.weight.t()
