@@ -154,7 +154,7 @@ class Context(Gradients):
     def _lazily(self, target: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Training passes make logits only where they are read; evaluation stays as `best/` will be, to the bit."""
         head = self.run.lazy_head
-        if head is None or target is not self.run.model or not target.training:
+        if head is None or target is not self.run.model or not target.training or kernels.why_not_patched(head):
             return _NOTHING
         return kernels.patch(head, on_read=self._logits_are_read)
 

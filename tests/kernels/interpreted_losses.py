@@ -77,12 +77,18 @@ def half_precision() -> None:
 
 def a_bad_label() -> None:
     """Named as on the CPU."""
-    try:
-        loss_by(torch.randn(3, 5), torch.tensor([0, 7, 1]))
-    except IndexError as error:
-        assert "target[1] = 7 is not one of the 5 classes" in str(error)
-    else:
-        raise AssertionError("a label that is no class went through")
+    calls = [
+        lambda target: loss_by(torch.randn(3, 5), target),
+        lambda target: linear_by(torch.randn(3, 4), torch.randn(5, 4), target),
+        lambda target: linear_by(torch.randn(3, 4), torch.randn(5, 4), target, mode="low_memory"),
+    ]
+    for call in calls:
+        try:
+            call(torch.tensor([-100, 7, 1]))
+        except IndexError as error:
+            assert "target[1] = 7 is not one of the 5 classes" in str(error)
+        else:
+            raise AssertionError("a label that is no class went through")
 
 
 torch.manual_seed(0)

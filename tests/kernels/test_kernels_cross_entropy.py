@@ -126,6 +126,34 @@ def test_the_lse_of_edges(impl: str) -> None:
     torch.testing.assert_close(leaf.grad[[0, 3]], torch.softmax(logits[[0, 3]], -1))
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference", None])
+def test_labels_without_weight_give_no_gradient(impl: str | None) -> None:
+    weight = torch.tensor([1.0, 0.0, 1.0])
+    for empty in ("nan", "zero"):
+        logits = torch.randn(4, 3, requires_grad=True)
+        loss = kernels.cross_entropy(logits, torch.ones(4, dtype=torch.int64), weight=weight, empty=empty, impl=impl)  # type: ignore[call-overload]
+        loss.backward()
+        assert bool(loss.isnan()) if empty == "nan" else float(loss.detach()) == 0.0
+        assert logits.grad is not None and not bool(logits.grad.any())
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_targets_that_sum_to_nothing_are_targets(impl: str) -> None:
+    logits, target = torch.randn(1, 5, requires_grad=True), torch.tensor([[1.0, -1.0, 0.0, 0.0, 0.0]])
+    loss = kernels.cross_entropy(logits, target, impl=impl)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), (logits[0, 1] - logits[0, 0]).detach())
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, -target)
+
+
+def test_a_parameter_is_never_overwritten_through_a_view() -> None:
+    parameter = torch.randn(8000, requires_grad=True)
+    kept = parameter.detach().clone()
+    kernels.cross_entropy(parameter.view(8, 1000), torch.arange(8), inplace=True, impl="cpu").backward()
+    assert torch.equal(parameter.detach(), kept)
+
+
 def test_a_confident_label_keeps_its_gradient(isa: str) -> None:
     """At a probability of 0.9999 the label's p - 1 is right to 0.5%, and so are the other classes' shares."""
     logits = torch.zeros(2, 30000)

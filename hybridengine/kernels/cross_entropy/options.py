@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybridengine.kernels.native import accumulator_dtype
 
-__all__ = ["EMPTY", "REDUCTIONS", "SCHEMA", "Options", "factors", "is_soft", "without_ignored"]
+__all__ = ["EMPTY", "REDUCTIONS", "SCHEMA", "Options", "bad_label", "factors", "is_soft", "without_ignored"]
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the numbers of torch.nn._reduction
 EMPTY = ("nan", "zero")
@@ -39,6 +39,11 @@ class Options(NamedTuple):
 def is_soft(target: Tensor) -> bool:
     """Whether `target` holds probabilities instead of labels."""
     return target.is_floating_point()
+
+
+def bad_label(row: int, label: int, classes: int, ignore_index: int) -> str:
+    """Return what is said of a label that is no class; the native library has the same words."""
+    return f"target[{row}] = {label} is not one of the {classes} classes (ignore_index is {ignore_index})"
 
 
 def without_ignored(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:

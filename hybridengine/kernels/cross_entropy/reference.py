@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native
-from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, factors, is_soft, without_ignored
+from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, bad_label, factors, is_soft, without_ignored
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.modes import is_transformed
 
@@ -113,7 +113,5 @@ def may_ignore(target: Tensor, classes: int, ignore_index: int) -> bool:
     bad = ~ignored & ((target < 0) | (target >= classes))
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"target[{row}] = {int(target[row])} is not one of the {classes} classes (ignore_index is {ignore_index})"
-        )
+        raise IndexError(bad_label(row, int(target[row]), classes, ignore_index))
     return bool(ignored.any())

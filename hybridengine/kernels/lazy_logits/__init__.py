@@ -8,7 +8,10 @@ of. Reshaping it, scaling it and choosing positions or classes stay lazy; a cros
 
 from __future__ import annotations
 
-from hybridengine.kernels.lazy_logits.operations import LazyLogits
+from hybridengine.kernels.lazy_logits.operations import HANDLERS
 from hybridengine.kernels.lazy_logits.patching import patch, why_not_patched
+from hybridengine.kernels.lazy_logits.tensor import LAZY, LazyLogits
 
 __all__ = ["LazyLogits", "patch", "why_not_patched"]
+
+LAZY.update(HANDLERS)

@@ -44,10 +44,18 @@ class Head(NamedTuple):
         """The number of positions."""
         return self.x.shape[:-1].numel()
 
+    def versions(self) -> tuple[int, ...]:
+        """Count the changes in place of what the logits are made of."""
+        return tuple(one._version for one in (self.x, self.weight, self.bias) if one is not None)
+
     def whole(self) -> Tensor:
-        """Return the logits, computed as the model would have."""
+        """Return the logits and tell so."""
         if self.on_read is not None:
             self.on_read()
+        return self.computed()
+
+    def computed(self) -> Tensor:
+        """Return the logits, computed as the model would have."""
         with torch.autocast(self.x.device.type, enabled=False):
             logits = functional.linear(*self.as_made()).to(self.dtype)
         logits = logits if self.scale == 1.0 else logits * self.scale

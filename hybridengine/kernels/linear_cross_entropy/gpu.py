@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridengine.kernels import operators, triton_runtime
 from hybridengine.kernels.cross_entropy.gpu import RowProblem
-from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, factors
+from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, bad_label, factors, is_soft
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
 from hybridengine.kernels.linear_cross_entropy.autograd import run_operator
@@ -106,6 +106,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Gradients]:
     record("linear_cross_entropy", impl)
     loss_factor, z_factor, nothing = factors(head.x, head.target, head.class_weight, options)
+    _check_labels(head.target, len(head.weight), options.ignore_index)
     index = counted_rows(head.target, options.ignore_index)
     products = _products(head)
     with torch.autocast(head.x.device.type, enabled=False):  # its casts would round what is to be exact
@@ -116,6 +117,15 @@ def _run(
             rows = _Rows(impl, head, options, torch.stack((loss_factor, z_factor)))
             loss, lse, gradients = chunked.run(rows, products, head, index, split.chunk_rows, wanted, by_loss, by_lse)
     return loss if options.reduction == REDUCTIONS["none"] else loss.sum() + nothing, lse, gradients
+
+
+def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Refuse a label that is no class. To skip rows the host has to wait for the device anyway."""
+    if is_soft(target):
+        return
+    bad = ((target != ignore_index) & ((target < 0) | (target >= classes))).nonzero()
+    if len(bad):
+        raise IndexError(bad_label(int(bad[0]), int(target[bad[0]]), classes, ignore_index))
 
 
 def _present(gradients: Gradients, head: Head) -> tuple[Tensor, ...]:
