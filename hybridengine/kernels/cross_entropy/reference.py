@@ -32,7 +32,6 @@ from torch import Tensor
 from hybridengine.kernels import native
 from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, bad_label, factors, is_soft, without_ignored
 from hybridengine.kernels.dispatch import record
-from hybridengine.kernels.modes import is_transformed
 
 __all__ = ["capped", "may_ignore", "run"]
 
@@ -104,7 +103,7 @@ def may_ignore(target: Tensor, classes: int, ignore_index: int) -> bool:
     Raises:
         IndexError: for a label that is neither a class nor `ignore_index`.
     """
-    if torch.compiler.is_compiling() or not target.is_cpu or is_transformed(target):
+    if torch.compiler.is_compiling() or not target.is_cpu or torch._C._are_functorch_transforms_active():
         return True
     if native.why_missing() is None and target.is_contiguous():
         rows = target.shape[0]  # `len` takes most of a microsecond
