@@ -149,16 +149,25 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("size", [*SIZES, *(pytest.param(one, marks=pytest.mark.slow) for one in WHOLE)])
 def test_published_grid_of_options(size: tuple[int, int, int]) -> None:
-    """In float32 at the published tolerance."""
+    """In float32, not further from float64 than twice plain torch, beyond the published tolerance."""
     batch, length, classes = size
     logits, target = torch.randn(batch * length, classes) * 2, torch.randint(0, classes, (batch * length,))
     target[torch.randperm(len(target))[: len(target) // 3]] = -100
     for options in OPTIONS:
-        results = []
-        for function in (partial(kernels.cross_entropy, impl="cpu"), lambda x, t, **o: stated_loss(x, t, **o)[0]):
-            leaf = logits.clone().requires_grad_()
-            loss = function(leaf, target, **options)
-            loss.backward()
-            results.append((loss, leaf.grad))
-        for got, expected in zip(*results, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
+        ours, plain, exact = (
+            outcome(function, logits.to(dtype), target, options)
+            for function, dtype in (
+                (partial(kernels.cross_entropy, impl="cpu"), torch.float32),
+                (lambda x, t, **o: stated_loss(x, t, **o)[0], torch.float32),
+                (lambda x, t, **o: stated_loss(x, t, **o)[0], torch.float64),
+            )
+        )
+        for got, torchs, right, size_of in zip(ours, plain, exact, (1.0, 0.0), strict=True):
+            error, its = (float((one.double() - right).abs().max()) for one in (got, torchs))
+            assert error <= 2 * its + 1e-8 + 1e-6 * size_of * float(right.abs().max())
+
+
+def outcome(function: Any, logits: Tensor, target: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    leaf = logits.clone().requires_grad_()
+    loss = function(leaf, target, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
