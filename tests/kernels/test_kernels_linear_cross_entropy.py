@@ -172,10 +172,13 @@ def test_a_confident_label_keeps_its_gradient() -> None:
 
 def flops(head: dict[str, Tensor], wanted: list[bool], target: Tensor, split: tuple[int, int] = (64, 0)) -> int:
     """The arithmetic of matrix products in one call of the operator's kernel."""
-    kernel = importlib.import_module("hybridengine.kernels.linear_cross_entropy.cpu")._forward
-    options = (-100, 0.0, 1.0, 0.0, 0.0, 1, False)
+    package = "hybridengine.kernels.linear_cross_entropy"
+    run = importlib.import_module(f"{package}.cpu")._run
+    rows = importlib.import_module(f"{package}.rows")
+    options = importlib.import_module("hybridengine.kernels.cross_entropy.options").Options
+    problem = rows.Head(head["x"], head["weight"], None, target, None)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        kernel(head["x"], head["weight"], None, target, None, *options, *split, wanted)
+        run(problem, options(-100, 0.0, 1.0, 0.0, 0.0, 1, False), rows.Split(*split), rows.Wanted(*wanted))
     return counter.get_total_flops()
 
 

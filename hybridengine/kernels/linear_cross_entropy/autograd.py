@@ -7,6 +7,7 @@ for the lse) everything is computed in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Spli
 from hybridengine.kernels.linear_cross_entropy.second_order import differentiable_gradients
 from hybridengine.kernels.modes import is_transformed
 
-__all__ = ["run_operator"]
+__all__ = ["implement", "run_operator"]
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
 _OPTIONS = len(Options._fields)
@@ -55,6 +56,25 @@ operators.define(
     " int block_classes, bool[] wanted, str impl) -> (Tensor by_x, Tensor by_weight, Tensor by_bias)",
     _fake_backward,
 )
+
+
+def implement(impl: str, run: Callable[..., tuple[Tensor, Tensor, Gradients]]) -> None:
+    """Register an implementation: `run(head, options, split, wanted, by_loss, by_lse)` -> loss, lse, gradients."""
+
+    def call(arguments: tuple[Any, ...], *coming: Tensor | None) -> tuple[Tensor, ...]:
+        options = Options(*arguments[_HEAD : _HEAD + _OPTIONS])
+        chunk_rows, block_classes, wanted = arguments[_HEAD + _OPTIONS :]
+        head = Head(*arguments[:_HEAD])
+        loss, lse, gradients = run(head, options, Split(chunk_rows, block_classes), Wanted(*wanted), *coming)
+        return loss, lse, *(head.x.new_empty(0) if one is None else one for one in gradients)
+
+    def backward(by_loss: Tensor | None, by_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+        if by_loss is None:
+            by_loss = torch.zeros((), device=arguments[0].device)
+        return call(arguments, by_loss, by_lse)[2:]
+
+    operators.implement("linear_cross_entropy", impl, lambda *arguments: call(arguments))
+    operators.implement("linear_cross_entropy_backward", impl, backward)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

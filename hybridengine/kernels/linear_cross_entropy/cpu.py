@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridengine.kernels import native, operators
+from hybridengine.kernels import native
 from hybridengine.kernels.cross_entropy.cpu import Factors, check_labels, launch, reduced
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
-from hybridengine.kernels.linear_cross_entropy.autograd import run_operator
+from hybridengine.kernels.linear_cross_entropy.autograd import implement, run_operator
 from hybridengine.kernels.linear_cross_entropy.products import Wide
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted, counted_rows
 from hybridengine.kernels.modes import why_not_transformed
@@ -106,22 +105,4 @@ def _run(
     return reduced(loss, options, factors), lse, gradients
 
 
-def _present(gradients: Gradients, head: Head) -> tuple[Tensor, ...]:
-    return tuple(head.x.new_empty(0) if one is None else one for one in gradients)
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    head, options, rest = Head(*arguments[:5]), Options(*arguments[5:12]), arguments[12:]
-    loss, lse, gradients = _run(head, options, Split(*rest[:2]), Wanted(*rest[2]))
-    return loss, lse, *_present(gradients, head)
-
-
-def _backward(by_loss: Tensor | None, by_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    head, options, rest = Head(*arguments[:5]), Options(*arguments[5:12]), arguments[12:]
-    if by_loss is None:
-        by_loss = torch.zeros(())
-    return _present(_run(head, options, Split(*rest[:2]), Wanted(*rest[2]), by_loss, by_lse)[2], head)
-
-
-operators.implement("linear_cross_entropy", "cpu", _forward)
-operators.implement("linear_cross_entropy_backward", "cpu", _backward)
+implement("cpu", _run)

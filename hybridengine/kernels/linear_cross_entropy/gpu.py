@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridengine.kernels import operators, triton_runtime
+from hybridengine.kernels import triton_runtime
 from hybridengine.kernels.cross_entropy.gpu import RowProblem
 from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, bad_label, factors, is_soft
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
-from hybridengine.kernels.linear_cross_entropy.autograd import run_operator
+from hybridengine.kernels.linear_cross_entropy.autograd import implement, run_operator
 from hybridengine.kernels.linear_cross_entropy.products import Half, Products, Wide
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted, counted_rows
 from hybridengine.kernels.modes import why_not_transformed
@@ -128,23 +127,5 @@ def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(bad_label(int(bad[0]), int(target[bad[0]]), classes, ignore_index))
 
 
-def _present(gradients: Gradients, head: Head) -> tuple[Tensor, ...]:
-    return tuple(head.x.new_empty(0) if one is None else one for one in gradients)
-
-
-def _forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
-    head, options, rest = Head(*arguments[:5]), Options(*arguments[5:12]), arguments[12:]
-    loss, lse, gradients = _run(impl, head, options, Split(*rest[:2]), Wanted(*rest[2]))
-    return loss, lse, *_present(gradients, head)
-
-
-def _backward(impl: str, by_loss: Tensor | None, by_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    head, options, rest = Head(*arguments[:5]), Options(*arguments[5:12]), arguments[12:]
-    if by_loss is None:
-        by_loss = torch.zeros((), device=head.x.device)
-    return _present(_run(impl, head, options, Split(*rest[:2]), Wanted(*rest[2]), by_loss, by_lse)[2], head)
-
-
 for _impl in ("cuda", "triton"):
-    operators.implement("linear_cross_entropy", _impl, partial(_forward, _impl))
-    operators.implement("linear_cross_entropy_backward", _impl, partial(_backward, _impl))
+    implement(_impl, partial(_run, _impl))
