@@ -130,8 +130,8 @@ def size(value: Tensor | None) -> float:
     return float(value.abs().max()) if value is not None and value.numel() else 0.0
 
 
-def assert_close_to_float64(case: Case, impl: str) -> None:
-    """Loss and gradients of `impl` against float64, with at most twice the error of plain torch in float32.
+def assert_close_to_float64(case: Case, impl: str, function: Any = kernels.kl_pair) -> None:
+    """Loss and gradients by `impl` against float64, with at most twice the error of plain torch in float32.
 
     Beyond that, rounding is allowed. With eps of the accumulator, S the largest |x_i - max x| and D the largest
     |v_i| + |r| of `csrc/kl_pair/terms.inl` (twice the largest |v|):
@@ -146,7 +146,7 @@ def assert_close_to_float64(case: Case, impl: str) -> None:
     """
     wide = native.accumulator_dtype(case.a.dtype)
     exact = case.result_of(plain, torch.float64)
-    usual, ours = case.result_of(plain, wide), case.result_of(kernels.kl_pair, impl=impl)
+    usual, ours = case.result_of(plain, wide), case.result_of(function, impl=impl)
     eps, narrow_eps = torch.finfo(wide).eps, torch.finfo(case.a.dtype).eps
     span, moved = case.differences()
     relative, difference = (span + 32) * eps, 2 * moved

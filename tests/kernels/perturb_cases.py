@@ -28,8 +28,13 @@ class Case:
     mask: Sites
     options: dict[str, Any]
 
-    def step(self, impl: str) -> Sites:
-        return kernels.perturb_step(self.delta, self.gradient, self.mask, **self.options, impl=impl)
+    def step(self, impl: str, device: str = "cpu") -> Sites:
+        """The new delta on the CPU, computed on `device`."""
+        sites = [
+            {name: one.to(device) for name, one in part.items()} for part in (self.delta, self.gradient, self.mask)
+        ]
+        moved = kernels.perturb_step(*sites, **self.options, impl=impl)
+        return {name: one.cpu() for name, one in moved.items()}
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -101,7 +106,7 @@ def exact_group(d: Exact, g: Exact, options: dict[str, Any]) -> Exact:
     return {name: one * shrink for name, one in z.items()}
 
 
-def check(case: Case, impl: str, *, truncates: bool = False) -> None:
+def check(case: Case, impl: str, *, truncates: bool = False, device: str = "cpu") -> None:
     """The step by `impl` against the exact one.
 
     Derivation. u is half of the accumulator's eps. A norm is off by at most 10 u of itself (csrc/perturb/step.inl;
@@ -111,10 +116,12 @@ def check(case: Case, impl: str, *, truncates: bool = False) -> None:
     once. Subnormal results are off by one step of the dtype. Triton's interpreter truncates to bfloat16.
 
     Args:
+        impl: by which implementation.
         truncates: rounding to the result's dtype may be off by a whole unit.
+        device: where the step is computed.
     """
     before = {name: (case.delta[name].clone(), case.gradient[name].clone()) for name in case.delta}
-    result = case.step(impl)
+    result = case.step(impl, device)
     dtype = next(iter(case.delta.values())).dtype
     u = torch.finfo(native.accumulator_dtype(dtype)).eps / 2
     rounding = torch.finfo(dtype).eps * (1 if truncates else 0.5)
