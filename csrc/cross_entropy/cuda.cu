@@ -68,9 +68,10 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<Target>)
   const auto sums = sum_row(row, constants, shared);
   const float log_sum = sums.exponentials > 0.0f ? logf(sums.exponentials) : NAN;
   const float lse = sums.maximum + log_sum;
-  const float s = problem.factors[0];
+  const float* const factors = problem.factors + index * problem.factors_stride;
+  const float s = factors[0];
   // Left out where it is off: 0 * inf would be NaN.
-  const float z = constants.z_loss != 0.0f ? problem.factors[1] * constants.z_loss : 0.0f;
+  const float z = constants.z_loss != 0.0f ? factors[1] * constants.z_loss : 0.0f;
   float loss = 0.0f, mass = row.hard;
   if constexpr (!Target::soft) loss = expected(row.hard, sums.maximum - label_y) + row.hard * log_sum;
   if constexpr (Target::dense) {
@@ -107,8 +108,9 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<Target>)
     mass = block_reduce(mass, 0.0f, shared, Sum{});
   }
   const float lse = problem.lse[index];
-  const float s = problem.factors[0];
-  const float z = constants.z_loss != 0.0f ? problem.factors[1] * constants.z_loss : 0.0f;
+  const float* const factors = problem.factors + index * problem.factors_stride;
+  const float s = factors[0];
+  const float z = constants.z_loss != 0.0f ? factors[1] * constants.z_loss : 0.0f;
   const float incoming = problem.grad_loss[index * problem.grad_loss_stride];
   const float by_lse = problem.grad_lse ? problem.grad_lse[index] : 0.0f;
   const float by_probability = incoming * (s * mass + (z != 0.0f ? 2.0f * z * lse : 0.0f)) + by_lse;

@@ -49,6 +49,7 @@ struct CrossEntropyProblem {
   double softcap;  // 0 for none
   double z_loss;
   const float* factors;    // on the device: s of the loss, sz of the z term
+  int64_t factors_stride;  // to the next row's; 0 where all rows share them
   float* loss;             // [rows]; forward only
   float* lse;              // [rows]; the forward pass writes it, the backward pass reads it
   const float* grad_loss;  // [rows], or one for all where its stride is 0; backward only

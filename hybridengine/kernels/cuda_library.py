@@ -85,9 +85,15 @@ def _load() -> CudaLibrary | str:
         return f"the CUDA library cannot be loaded: {error}"
 
 
-@cache
+# A traced caller is told the answer, not how it is found.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_missing() -> str | None:
     """Return why the CUDA kernels cannot run here, or None if they can."""
+    return _why_missing()
+
+
+@cache
+def _why_missing() -> str | None:
     loaded = _load()
     if isinstance(loaded, str):
         return loaded

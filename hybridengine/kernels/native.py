@@ -22,7 +22,6 @@ __all__ = [
     "accumulator_dtype",
     "empty",
     "module",
-    "scale_rows",
     "set_isa",
     "why_missing",
 ]
@@ -202,17 +201,3 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if _module is None or not _pool_is_on or size < _SMALLEST_POOLED_BYTES:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(_module.Buffer(size), dtype=dtype, count=count).view(shape)
-
-
-def scale_rows(matrix: Tensor, factor: Tensor) -> None:
-    """Multiply the rows of `matrix` [N, V], contiguous, by `factor` (a scalar or [N]) in place.
-
-    On a CPU nothing is touched where every factor is 1.
-    """
-    if matrix.device.type != "cpu" or matrix.dtype not in ELEMENT_TYPES:
-        matrix.mul_(factor.unsqueeze(-1) if factor.dim() else factor)
-        return
-    factor = factor.to(accumulator_dtype(matrix.dtype))
-    rows, classes = matrix.shape
-    stride = factor.stride(0) if factor.dim() else 0
-    module().scale_rows(ELEMENT_TYPES[matrix.dtype], matrix.data_ptr(), rows, classes, factor.data_ptr(), stride)

@@ -15,9 +15,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors; fixed when Triton is first imported."""
 
 
-@cache
+# A traced caller is told the answer, not how it is found.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_missing() -> str | None:
     """Return what is absent from this machine, whatever the arguments."""
+    return _why_missing()
+
+
+@cache
+def _why_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not INTERPRETED and not torch.cuda.is_available():

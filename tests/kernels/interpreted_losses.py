@@ -19,10 +19,11 @@ from loss_cases import Problem, assert_as_good_as_torch, problems
 from torch import Tensor
 
 from hybridengine import kernels
-from hybridengine.kernels.linear_cross_entropy import gpu
+from hybridengine.kernels.linear_cross_entropy import blocked, gpu
 from hybridengine.kernels.linear_cross_entropy.products import Half
 
 repair_loop_bounds()
+blocked._FEWEST = 5  # so that a few classes need several blocks
 examples = int(sys.argv[1])
 quick = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 loss_by = partial(kernels.cross_entropy, impl="triton")
@@ -41,8 +42,8 @@ def cross_entropy(problem: Problem) -> None:
 
 
 @quick
-@given(problem=problems(classes=[2, 17, 77], dtypes=[torch.float32]), chunk_rows=st.integers(1, 9))
-def linear_cross_entropy(problem: Problem, chunk_rows: int) -> None:
+@given(problem=problems(classes=[2, 17, 77], dtypes=[torch.float32]), split=st.integers(1, 12))
+def linear_cross_entropy(problem: Problem, split: int) -> None:
     """With the identity as head, the gradient of x is that of the logits."""
     head = torch.eye(problem.logits.shape[1])
     options = dict(problem.options)
@@ -50,7 +51,8 @@ def linear_cross_entropy(problem: Problem, chunk_rows: int) -> None:
 
     def run(x: Tensor, target: Tensor, **more: Any) -> Any:
         more.pop("weight", None)
-        return linear_by(x, head, target, class_weight=class_weight, chunk_rows=chunk_rows, return_lse=True, **more)
+        chosen: dict[str, Any] = {"mode": "low_memory"} if split > 9 else {"chunk_rows": split}
+        return linear_by(x, head, target, class_weight=class_weight, return_lse=True, **chosen, **more)
 
     assert_as_good_as_torch(problem, problem.outcome(run, torch.float32))
 
@@ -58,12 +60,12 @@ def linear_cross_entropy(problem: Problem, chunk_rows: int) -> None:
 def half_precision() -> None:
     """bfloat16 with rounded gradients of the logits, as on tensor cores, within their rounding of float64."""
 
-    def product(self: Half, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
-        made = a.float() @ b.float()
+    def add(out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
+        made = a.float() @ b.float() * factor
         out.copy_(made if first else out + made)
 
-    Half._product = product  # type: ignore[method-assign]
-    gpu._products = lambda head: Half(head.weight, torch.bfloat16)
+    Half._add = staticmethod(add)  # type: ignore[method-assign]
+    gpu._products = lambda head, factor: Half(head.weight, torch.bfloat16, factor)
     x, weight = torch.randn(20, 8).bfloat16(), torch.randn(50, 8)
     target = torch.randint(0, 50, (20,))
     leaves = [one.clone().requires_grad_() for one in (x, weight)]
@@ -91,7 +93,23 @@ def a_bad_label() -> None:
             raise AssertionError("a label that is no class went through")
 
 
+def compiled() -> None:
+    """Traced whole, the automatic questions included."""
+    target = torch.arange(8)
+
+    def losses(x: Tensor, weight: Tensor) -> Tensor:
+        consistency = kernels.kl_pair(x, x * 2, impl="triton")
+        return loss_by(x @ weight.t(), target) + linear_by(x, weight, target, chunk_rows=3) + consistency
+
+    leaves = [torch.randn(n, 6, requires_grad=True) for n in (8, 20)]
+    results = []
+    for function in (losses, torch.compile(losses, fullgraph=True, backend="aot_eager")):
+        value = function(*leaves)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    torch.testing.assert_close(*results)
+
+
 torch.manual_seed(0)
-for check in (cross_entropy, linear_cross_entropy, half_precision, a_bad_label):
+for check in (cross_entropy, linear_cross_entropy, half_precision, a_bad_label, compiled):
     check()
 print("all pass")

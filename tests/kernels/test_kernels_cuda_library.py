@@ -23,10 +23,10 @@ built_only = pytest.mark.skipif(not BUILT.exists(), reason="the CUDA library is 
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An installation's folder, empty."""
     monkeypatch.setattr(cuda_library, "_FOLDER", tmp_path)
-    for cached in (cuda_library._load, cuda_library.why_missing):
+    for cached in (cuda_library._load, cuda_library._why_missing):
         cached.cache_clear()
     yield tmp_path
-    for cached in (cuda_library._load, cuda_library.why_missing):
+    for cached in (cuda_library._load, cuda_library._why_missing):
         cached.cache_clear()
 
 

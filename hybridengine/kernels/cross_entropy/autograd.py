@@ -17,6 +17,7 @@ from hybridengine.kernels import native, operators
 from hybridengine.kernels.cross_entropy.derivatives import Problem, gradient, second_derivative
 from hybridengine.kernels.cross_entropy.options import REDUCTIONS, SCHEMA, Options
 from hybridengine.kernels.modes import forward_mode, is_transformed
+from hybridengine.kernels.scaling import scale_rows
 
 __all__ = ["run_operator"]
 
@@ -134,7 +135,7 @@ class _InPlace(torch.autograd.Function):
                 " Leave inplace out to differentiate again."
             )
         unit, ctx.unit = ctx.unit, None
-        native.scale_rows(unit, by_loss)
+        scale_rows(unit, by_loss)
         return unit, *rest
 
 
@@ -176,7 +177,7 @@ def _backward(ctx: Any, by_loss: Tensor | None, by_lse: Tensor | None) -> Tensor
         if ready and by_loss is not None:
             # The caller may keep the buffer as .grad and add to it: a second backward computes a new one.
             ctx.given_away = True
-            native.scale_rows(unit, by_loss)
+            scale_rows(unit, by_loss)
             given: Tensor = unit
             return given
     again = torch.ops.hybridengine.cross_entropy_backward

@@ -39,6 +39,7 @@ class _Problem(ctypes.Structure):
         ("softcap", ctypes.c_double),
         ("z_loss", ctypes.c_double),
         ("factors", ctypes.c_void_p),
+        ("factors_stride", ctypes.c_int64),
         ("loss", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("grad_loss", ctypes.c_void_p),
@@ -70,6 +71,8 @@ def _problem(
 ) -> _Problem:
     """Return what both passes are told."""
     check_rows(logits, target, weight, gradient)
+    if gradient is not None and gradient.dtype != logits.dtype:
+        raise ValueError(f"the gradient must be {logits.dtype} like the logits, not {gradient.dtype}")
     kind = (_SOFT if target.dtype == logits.dtype else _SOFT_FLOAT) if is_soft(target) else _LABELS
     return _Problem(
         element=cuda_library.ELEMENT_TYPES[logits.dtype],
@@ -88,6 +91,7 @@ def _problem(
         softcap=softcap,
         z_loss=z_loss,
         factors=factors.data_ptr(),
+        factors_stride=factors.stride(0) if factors.dim() == 2 else 0,
         lse=lse.data_ptr(),
         gradient=_address(gradient),
         gradient_stride=0 if gradient is None else gradient.stride(0),
@@ -122,7 +126,7 @@ def forward(
         scale: multiplies the logits.
         softcap: y = softcap tanh(scale x / softcap); 0 for none.
         z_loss: z of the term z lse^2.
-        factors: float32 [2] on the device: what multiplies the loss, and the z term.
+        factors: float32 [2], or [N, 2] for each row its own, on the device: what multiplies the loss, and the z term.
         loss: float32 [N], written.
         lse: float32 [N], written.
         gradient: like the logits, written; may be the logits themselves.

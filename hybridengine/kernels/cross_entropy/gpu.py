@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridengine.kernels import native, operators, triton_runtime
+from hybridengine.kernels import operators, triton_runtime
 from hybridengine.kernels.cross_entropy.autograd import run_operator
 from hybridengine.kernels.cross_entropy.label_flags import flag_of
 from hybridengine.kernels.cross_entropy.layout import ROW_DTYPES
@@ -17,7 +17,7 @@ from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, fact
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.modes import forward_mode
 
-__all__ = ["RowProblem", "run_cuda", "run_triton", "why_not_cuda", "why_not_triton", "why_slower"]
+__all__ = ["RowProblem", "run_cuda", "run_triton", "times_rows", "why_not_cuda", "why_not_triton", "why_slower"]
 
 Launch = Callable[..., None]
 _PACKAGE = "hybridengine.kernels.cross_entropy"
@@ -72,7 +72,7 @@ class RowProblem:
     def __init__(
         self, impl: str, target: Tensor, weight: Tensor | None, classes: int, options: Options, by: Tensor
     ) -> None:
-        """`by`: float32 [2] on the device, the factors of each row's loss and z term."""
+        """`by`: float32 [2], or [N, 2] for each row its own, on the device: factors of the loss and of the z term."""
         self.forward, self.backward = _LAUNCHES[impl]
         self.target = target.float().contiguous() if is_soft(target) else target.contiguous()
         self.weight = None if weight is None else weight.float().contiguous()
@@ -88,7 +88,7 @@ class RowProblem:
         return self.weight, self.weight_sum, o.ignore_index, o.label_smoothing, o.scale, o.softcap, o.z_loss, self.by
 
     def run(self, logits: Tensor, loss: Tensor, lse: Tensor, gradient: Tensor | None) -> None:
-        """Fill `loss`, `lse` [N] and the gradient for incoming gradients of 1."""
+        """Fill `loss`, `lse` [N] and the gradient of that loss."""
         flag = None if is_soft(self.target) else flag_of(logits.device)
         noted = None if flag is None else flag.tensor()
         self.forward(logits, self.target, *self.shared, loss, lse, gradient, noted)
@@ -101,6 +101,11 @@ class RowProblem:
         """Fill `gradient` for what comes in; `lse` is read."""
         coming = None if by_lse is None else by_lse.float().contiguous()
         self.backward(logits, self.target, *self.shared, lse, by_loss.float(), coming, gradient)
+
+
+def times_rows(by: Tensor, coming: Tensor) -> Tensor:
+    """Return factors [2] or [N, 2] of the rows, with what comes in for their losses (a scalar or [N]) in them."""
+    return by * (coming.float().unsqueeze(-1) if coming.dim() else coming.float())
 
 
 def _problem(
@@ -153,8 +158,8 @@ def _backward(
     lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if by_loss is not None and by_lse is None:
         # Not by way of the lse: from its rounded value, p - 1 of a confident label would keep two digits.
+        problem.by = times_rows(problem.by, by_loss)
         problem.run(_rows(logits), torch.empty_like(lse), lse, gradient)
-        native.scale_rows(gradient, by_loss)
         return gradient
     problem.run(_rows(logits), torch.empty_like(lse), lse, None)
     coming = torch.zeros((), device=logits.device) if by_loss is None else by_loss

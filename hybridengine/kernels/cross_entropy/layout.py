@@ -39,9 +39,9 @@ def check_rows(logits: Tensor, target: Tensor, weight: Tensor | None, gradient: 
     ):
         raise ValueError(f"weight must be contiguous float32 [{classes}], got {_describe(weight)}")
     if gradient is not None and (
-        gradient.shape != logits.shape or gradient.dtype != logits.dtype or not _rows_are_contiguous(gradient)
+        gradient.shape != logits.shape or gradient.dtype not in ROW_DTYPES or not _rows_are_contiguous(gradient)
     ):
-        raise ValueError(f"the gradient must be like the logits, with contiguous rows, got {_describe(gradient)}")
+        raise ValueError(f"the gradient must be [N, V] with contiguous rows of {ROW_DTYPES}, got {_describe(gradient)}")
 
 
 def check_values(rows: int, *values: Tensor | None) -> None:

@@ -19,7 +19,9 @@ from hybridengine.kernels.cross_entropy.triton_rows import LABELS, SMOOTHED, SOF
 
 __all__ = ["backward", "forward", "launch_options"]
 
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 4096
+# Measured on an H100 from 30,522 to 128,256 classes: 8 columns a thread, read 16 bytes at a time, in as many warps as a
+# block may have.
+_SMALLEST_BLOCK, _LARGEST_BLOCK, _COLUMNS_PER_WARP = 16, 8192, 256
 
 
 def launch_options(classes: int) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def launch_options(classes: int) -> dict[str, Any]:
     block = min(max(triton.next_power_of_2(classes), _SMALLEST_BLOCK), _LARGEST_BLOCK)
     return {
         "BLOCK": block,
-        "num_warps": 8 if block > 1024 else 4 if block > 256 else 1,
+        "num_warps": max(block // _COLUMNS_PER_WARP, 1),
         # A contracted `scale * x - maximum` would leave the rounding error of the maximum: 1e22 at 1e30.
         "enable_fp_fusion": False,
     }
@@ -77,7 +79,7 @@ def forward(
 ) -> None:
     """Write the loss and logsumexp of each row, and the unit gradient if `gradient` is given.
 
-    Arguments and errors are those of `cuda.forward`.
+    Arguments and errors are those of `cuda.forward`, but the gradient may have any of the three dtypes.
     """
     check_rows(logits, target, weight, gradient)
     rows, classes = logits.shape
@@ -92,6 +94,7 @@ def forward(
             target.stride(0),
             weight,
             factors,
+            factors.stride(0) if factors.dim() == 2 else 0,
             loss,
             lse,
             gradient,
@@ -128,7 +131,7 @@ def backward(
 ) -> None:
     """Write the gradient for the incoming gradients of `forward`'s outputs.
 
-    Arguments and errors are those of `cuda.backward`.
+    Arguments and errors are those of `cuda.backward`, but the gradient may have any of the three dtypes.
     """
     check_rows(logits, target, weight, gradient)
     rows, classes = logits.shape
@@ -143,6 +146,7 @@ def backward(
             target.stride(0),
             weight,
             factors,
+            factors.stride(0) if factors.dim() == 2 else 0,
             lse,
             grad_loss,
             grad_loss.stride(0) if grad_loss.dim() else 0,

@@ -11,12 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["LABELS", "SMOOTHED", "SOFT", "backward_rows", "forward_rows"]
+__all__ = ["LABELS", "SMOOTHED", "SOFT", "backward_rows", "bend", "forward_rows", "sum_row", "write_gradient"]
 
 # What TARGET may be: a label a row, the same with a share for every class, a distribution a row.
 LABELS = tl.constexpr(0)
 SMOOTHED = tl.constexpr(1)
 SOFT = tl.constexpr(2)
+
+# A row is worked on up to the last multiple of this, which the compiler can read 16 bytes at a time where rows are
+# aligned, and then the few columns that are left.
+PACK = tl.constexpr(16)
 
 
 @triton.jit
@@ -45,7 +49,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _bend(x, scale, inner, softcap, CAPPED: tl.constexpr):
+def bend(x, scale, inner, softcap, CAPPED: tl.constexpr):
     """Return y and y'."""
     if CAPPED:
         bent = _tanh(x * inner)
@@ -55,7 +59,7 @@ def _bend(x, scale, inner, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _shift_of(maximum):
+def shift_of(maximum):
     """Return what is subtracted: not the maximum while nothing but -inf was seen, as -inf - -inf is NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
@@ -72,27 +76,44 @@ def _dense_shares(columns, inside, soft, weight, kept, uniform, TARGET: tl.const
 
 
 @triton.jit
-def _write_gradient(
+def _write_gradient_at(
+    columns, inside, logits, soft, weight, gradient, label, hard, shift, by_exponential, by_share,
+    kept, uniform, scale, inner, softcap, TARGET: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
+    y, slope = bend(x, scale, inner, softcap, CAPPED)
+    value = by_exponential * tl.exp(y - shift)
+    if TARGET == LABELS:
+        # The label's entry is a difference of near numbers: formed in float32, rounded once.
+        value -= tl.where(columns == label, by_share * hard, 0.0)
+    else:
+        shares = _dense_shares(columns, inside, soft, weight, kept, uniform, TARGET, WEIGHTED)
+        if TARGET == SMOOTHED:
+            shares += tl.where(columns == label, hard, 0.0)
+        value -= by_share * shares
+    tl.store(gradient + columns, (slope * value).to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_gradient(
     logits, soft, weight, gradient, classes, label, hard, shift, by_exponential, by_share,
     kept, uniform, scale, inner, softcap,
     TARGET: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write y'_j (by_exponential exp(y_j - shift) - by_share q_j): the second read of a row."""
-    for start in range(0, classes, BLOCK):
+    packed = classes // PACK * PACK
+    for start in range(0, packed, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < classes
-        x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
-        y, slope = _bend(x, scale, inner, softcap, CAPPED)
-        value = by_exponential * tl.exp(y - shift)
-        if TARGET == LABELS:
-            # The label's entry is a difference of near numbers: formed in float32, rounded once.
-            value -= tl.where(columns == label, by_share * hard, 0.0)
-        else:
-            shares = _dense_shares(columns, inside, soft, weight, kept, uniform, TARGET, WEIGHTED)
-            if TARGET == SMOOTHED:
-                shares += tl.where(columns == label, hard, 0.0)
-            value -= by_share * shares
-        tl.store(gradient + columns, (slope * value).to(gradient.dtype.element_ty), mask=inside)
+        _write_gradient_at(
+            columns, columns < packed, logits, soft, weight, gradient, label, hard, shift, by_exponential, by_share,
+            kept, uniform, scale, inner, softcap, TARGET, WEIGHTED, CAPPED,
+        )  # fmt: skip
+    if packed < classes:
+        columns = packed + tl.arange(0, PACK)
+        _write_gradient_at(
+            columns, columns < classes, logits, soft, weight, gradient, label, hard, shift, by_exponential, by_share,
+            kept, uniform, scale, inner, softcap, TARGET, WEIGHTED, CAPPED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -137,30 +158,47 @@ def _hard_share(weight, label, kept, TARGET: tl.constexpr, WEIGHTED: tl.constexp
 
 
 @triton.jit
-def _sum_row(
-    logits, soft, weight, classes, kept, uniform, scale, inner, softcap,
+def _add_to_sums(
+    columns, inside, maximum, exponentials, gap, mass, logits, soft, weight, kept, uniform, scale, inner, softcap,
+    TARGET: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
+    y, _ = bend(x, scale, inner, softcap, CAPPED)
+    y = tl.where(inside, y, float("-inf"))
+    before = maximum
+    maximum = tl.maximum(maximum, tl.max(y, 0))
+    shift = shift_of(maximum)
+    exponentials = exponentials * tl.exp(before - shift) + tl.sum(tl.exp(y - shift), 0)
+    if TARGET != LABELS:
+        shares = _dense_shares(columns, inside, soft, weight, kept, uniform, TARGET, WEIGHTED)
+        gaps = tl.where(shares == 0.0, 0.0, shares * (shift - y))  # 0 * inf would be NaN; outside they are 0
+        gap += mass * (shift - shift_of(before)) + tl.sum(gaps, 0)
+        mass += tl.sum(shares, 0)
+    return maximum, exponentials, gap, mass
+
+
+@triton.jit
+def sum_row(
+    logits, soft, weight, classes, kept, uniform, scale, inner, softcap, maximum, exponentials, gap, mass,
     TARGET: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return M, sum exp(y - M), sum q (M - y) and sum q: the first read of a row. The last two leave out the label."""
-    maximum = tl.full((), float("-inf"), tl.float32)
-    exponentials = tl.zeros((), tl.float32)
-    gap = tl.zeros((), tl.float32)
-    mass = tl.zeros((), tl.float32)
-    for start in range(0, classes, BLOCK):
+    """Return M, sum exp(y - M), sum q (M - y) and sum q: the first read of a row. The last two leave out the label.
+
+    They go on from what is given: -inf and zeros for a whole row.
+    """
+    packed = classes // PACK * PACK
+    for start in range(0, packed, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < classes
-        x = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
-        y, _ = _bend(x, scale, inner, softcap, CAPPED)
-        y = tl.where(inside, y, float("-inf"))
-        before = maximum
-        maximum = tl.maximum(maximum, tl.max(y, 0))
-        shift = _shift_of(maximum)
-        exponentials = exponentials * tl.exp(before - shift) + tl.sum(tl.exp(y - shift), 0)
-        if TARGET != LABELS:
-            shares = _dense_shares(columns, inside, soft, weight, kept, uniform, TARGET, WEIGHTED)
-            gaps = tl.where(shares == 0.0, 0.0, shares * (shift - y))  # 0 * inf would be NaN; outside they are 0
-            gap += mass * (shift - _shift_of(before)) + tl.sum(gaps, 0)
-            mass += tl.sum(shares, 0)
+        maximum, exponentials, gap, mass = _add_to_sums(
+            columns, columns < packed, maximum, exponentials, gap, mass, logits, soft, weight,
+            kept, uniform, scale, inner, softcap, TARGET, WEIGHTED, CAPPED,
+        )  # fmt: skip
+    if packed < classes:
+        columns = packed + tl.arange(0, PACK)
+        maximum, exponentials, gap, mass = _add_to_sums(
+            columns, columns < classes, maximum, exponentials, gap, mass, logits, soft, weight,
+            kept, uniform, scale, inner, softcap, TARGET, WEIGHTED, CAPPED,
+        )  # fmt: skip
     return maximum, exponentials, gap, mass
 
 
@@ -174,10 +212,12 @@ def _count_row(
     """Write the loss, logsumexp and gradient of a row that counts."""
     hard = _hard_share(weight, label, kept, TARGET, WEIGHTED)
     # Read before the barrier below: after it the gradient may take the logits' place.
-    label_y, _ = _bend(tl.load(logits + label).to(tl.float32), scale, inner, softcap, CAPPED)
-    maximum, exponentials, gap, mass = _sum_row(
-        logits, soft, weight, classes, kept, uniform, scale, inner, softcap, TARGET, WEIGHTED, CAPPED, BLOCK
-    )
+    label_y, _ = bend(tl.load(logits + label).to(tl.float32), scale, inner, softcap, CAPPED)
+    nothing = tl.zeros((), tl.float32)
+    maximum, exponentials, gap, mass = sum_row(
+        logits, soft, weight, classes, kept, uniform, scale, inner, softcap,
+        nothing + float("-inf"), nothing, nothing, nothing, TARGET, WEIGHTED, CAPPED, BLOCK,
+    )  # fmt: skip
     tl.debug_barrier()
     if TARGET != SOFT:
         mass = dense_mass
@@ -199,22 +239,23 @@ def _count_row(
     tl.store(lse, row_lse)
     if GRADIENT:
         # p = exp(y - M) / S: exp(y - lse) would carry the rounding error of lse, which grows with M.
-        _write_gradient(
-            logits, soft, weight, gradient, classes, label.to(tl.int32), hard, _shift_of(maximum),
+        write_gradient(
+            logits, soft, weight, gradient, classes, label.to(tl.int32), hard, shift_of(maximum),
             by_probability / exponentials, s, kept, uniform, scale, inner, softcap, TARGET, WEIGHTED, CAPPED, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def forward_rows(
-    logits, logits_stride, target, target_stride, weight, factors, loss, lse, gradient, gradient_stride, flag,
-    ignore_index, classes, kept, uniform, dense_mass, scale, inner, softcap, z_loss,
+    logits, logits_stride, target, target_stride, weight, factors, factors_stride, loss, lse, gradient, gradient_stride,
+    flag, ignore_index, classes, kept, uniform, dense_mass, scale, inner, softcap, z_loss,
     TARGET: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, Z: tl.constexpr,
     GRADIENT: tl.constexpr, FLAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)  # rows * classes may exceed 2^31
     logits += index * logits_stride
     target += index * target_stride
+    factors += index * factors_stride
     if GRADIENT:
         gradient += index * gradient_stride
     label, counts, is_bad = _open_row(target, classes, ignore_index, TARGET)
@@ -245,14 +286,15 @@ def _soft_mass(soft, weight, classes, kept, uniform, WEIGHTED: tl.constexpr, BLO
 
 @triton.jit
 def backward_rows(
-    logits, logits_stride, target, target_stride, weight, factors, lse, grad_loss, grad_loss_stride, grad_lse,
-    gradient, gradient_stride, ignore_index, classes, kept, uniform, dense_mass, scale, inner, softcap, z_loss,
-    TARGET: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, Z: tl.constexpr,
+    logits, logits_stride, target, target_stride, weight, factors, factors_stride, lse, grad_loss, grad_loss_stride,
+    grad_lse, gradient, gradient_stride, ignore_index, classes, kept, uniform, dense_mass, scale, inner, softcap,
+    z_loss, TARGET: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, Z: tl.constexpr,
     LSE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     logits += index * logits_stride
     target += index * target_stride
+    factors += index * factors_stride
     gradient += index * gradient_stride
     label, counts, _ = _open_row(target, classes, ignore_index, TARGET)
     if counts:
@@ -269,7 +311,7 @@ def backward_rows(
         by_probability *= incoming
         if LSE_GRADIENT:
             by_probability += tl.load(grad_lse + index)
-        _write_gradient(
+        write_gradient(
             logits, target, weight, gradient, classes, label.to(tl.int32), hard, row_lse, by_probability,
             incoming * s, kept, uniform, scale, inner, softcap, TARGET, WEIGHTED, CAPPED, BLOCK,
         )  # fmt: skip

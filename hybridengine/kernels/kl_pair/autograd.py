@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridengine.kernels import native, operators
+from hybridengine.kernels import operators
 from hybridengine.kernels.kl_pair.derivatives import REDUCTIONS, Options, count_of, unit_gradients
 from hybridengine.kernels.kl_pair.reference import wide_dtype
 from hybridengine.kernels.modes import forward_mode
+from hybridengine.kernels.scaling import scale_rows
 
 __all__ = ["run_operator"]
 
@@ -74,10 +75,9 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None
         _, by_a, by_b = torch.ops.hybridengine.kl_pair(a, b, mask, *ctx.options, want_a, want_b, ctx.impl)
     # The caller may keep a buffer as .grad and add to it: a second backward computes new ones.
     ctx.given_away = True
-    if want_a:
-        _scale_in_place(by_a, grad_loss)
-    if want_b:
-        _scale_in_place(by_b, grad_loss)
+    for by, want in ((by_a, want_a), (by_b, want_b)):
+        if want:
+            scale_rows(by.data, grad_loss)  # not to be seen by the check of saved tensors: `given_away` stands for it
     return by_a if want_a else None, by_b if want_b else None
 
 
@@ -160,19 +160,6 @@ def _is_transformed(*tensors: Tensor) -> bool:
     """Whether one only stands for another tensor, in torch.func or a batched backward (`is_grads_batched`)."""
     is_wrapped, has_storage = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._has_storage
     return any(is_wrapped(one) or not has_storage(one) for one in tensors)
-
-
-def _scale_in_place(unit: Tensor, factor: Tensor) -> None:
-    """Multiply the rows of `unit` by `factor` (a scalar or [N]); on the CPU free where every factor is 1."""
-    element = native.ELEMENT_TYPES.get(unit.dtype)
-    if element is None or not unit.is_cpu or native.why_missing() is not None:
-        # Not to be seen by the check of saved tensors: `given_away` stands for it.
-        unit.data.mul_(factor.unsqueeze(-1) if factor.dim() else factor)
-        return
-    factor = factor.to(native.accumulator_dtype(unit.dtype))
-    rows, classes = unit.shape
-    stride = factor.stride(0) if factor.dim() else 0
-    native.module().scale_rows(element, unit.data_ptr(), rows, classes, factor.data_ptr(), stride)
 
 
 def _wanted(tensor: Tensor, transformed: bool) -> bool:

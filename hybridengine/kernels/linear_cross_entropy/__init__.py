@@ -25,7 +25,7 @@ def _run_reference(head: Head, options: Options, want_lse: bool, split: Split) -
 
 OPERATION = Operation(
     "linear_cross_entropy",
-    Implementation("cuda", gpu.run_cuda, cuda_library.why_missing, gpu.why_not_cuda, gpu.why_slower),
+    Implementation("cuda", gpu.run_cuda, cuda_library.why_missing, gpu.why_not_cuda, gpu.why_slower_cuda),
     Implementation("triton", gpu.run_triton, triton_runtime.why_missing, gpu.why_not_triton, gpu.why_slower),
     Implementation("cpu", cpu.run, cpu.why_missing, cpu.why_not, cpu.why_slower),
     Implementation("reference", _run_reference),
@@ -156,8 +156,9 @@ def linear_cross_entropy(
         ignore_index, label_smoothing, scale, softcap or 0.0, z_loss, REDUCTIONS[reduction], empty == "zero"
     )
     chosen = OPERATION.choose(impl, head, options)
+    dtype = gpu.product_dtype(head) if x.is_cuda else weight.dtype
     split = Split(
-        chunk_rows or rows_per_chunk(len(head.x), len(weight), x.device, weight.dtype),
+        chunk_rows or rows_per_chunk(len(head.x), x.shape[-1], len(weight), x.device, dtype),
         classes_per_block(len(head.x), len(weight)) if mode == "low_memory" else 0,
     )
     loss, lse = chosen.run(head, options, return_lse, split)

@@ -18,6 +18,7 @@ from hybridengine.kernels.cross_entropy.options import REDUCTIONS, SCHEMA, Optio
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted
 from hybridengine.kernels.linear_cross_entropy.second_order import differentiable_gradients
 from hybridengine.kernels.modes import is_transformed
+from hybridengine.kernels.scaling import scale_rows
 
 __all__ = ["implement", "run_operator"]
 
@@ -113,7 +114,7 @@ def _backward(ctx: Any, by_loss: Tensor | None, by_lse: Tensor | None) -> Gradie
     elif ready and by_loss is not None:
         ctx.ready = False  # the caller may keep the buffers and add to them: a second backward computes new ones
         for one in unit:
-            native.scale_rows(one if one.dim() == 2 else one.view(1, -1), by_loss)
+            scale_rows(one if one.dim() == 2 else one.view(1, -1), by_loss)
         return _masked(unit, ctx.wanted)
     again = torch.ops.hybridengine.linear_cross_entropy_backward
     return _masked(again(by_loss, by_lse, *head, *ctx.options, *ctx.split, list(ctx.wanted), ctx.impl), ctx.wanted)

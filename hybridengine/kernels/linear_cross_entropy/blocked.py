@@ -1,14 +1,14 @@
-"""Loss and gradients from a few classes at a time (`mode="low_memory"`): two passes over the head, in plain torch.
+"""Loss and gradients from a few classes at a time (`mode="low_memory"`): two passes over the head.
 
 The first pass finds each row's maximum M and sum S = sum_j exp(y_j - M), the second computes the same logits again and
 turns them into their gradient. A block's part of the head's gradient is then complete at once and is rounded into
 place: no float32 copy of the whole exists. Beside the gradients there are two N x (classes in a block) matrices and one
-N x H. The price is a fourth product of matrices.
+N x H. The price is a fourth product of matrices. The passes here are in plain torch; a GPU has its own (`gpu_blocked`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Want
 from hybridengine.kernels.native import accumulator_dtype
 
 __all__ = ["classes_per_block", "run"]
+
+Passes = Callable[..., tuple[Tensor, Tensor, Gradients]]
 
 _BYTES = 32 << 20  # of one N x block matrix
 _FEWEST = 512
@@ -51,6 +53,7 @@ def run(
     factors: tuple[float | Tensor, float | Tensor],
     by_loss: Tensor | None = None,
     by_lse: Tensor | None = None,
+    passes: Passes | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Return row losses [N], log-sum-exps [N] and gradients.
 
@@ -63,12 +66,14 @@ def run(
         factors: of each row's loss and z term.
         by_loss: what comes in for the row losses, a scalar or [N]; None: 1.
         by_lse: what comes in for the log-sum-exps, [N]; None: 0.
+        passes: who makes the two passes over rows that all count; None: plain torch.
     """
+    passes = passes or _run
     if index is None:
-        return _run(head, options, block, wanted, factors, by_loss, by_lse)
+        return passes(head, options, block, wanted, factors, by_loss, by_lse)
     by_loss, by_lse = (one if one is None or one.dim() == 0 else one[index] for one in (by_loss, by_lse))
     counted = head._replace(x=head.x[index], target=head.target[index])
-    loss, lse, gradients = _run(counted, options, block, wanted, factors, by_loss, by_lse)
+    loss, lse, gradients = passes(counted, options, block, wanted, factors, by_loss, by_lse)
     whole = [one.new_zeros(len(head.x)).index_copy(0, index, one) for one in (loss, lse)]
     by_x = (
         None

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native
+from hybridengine.kernels.linear_cross_entropy.chunks import rows_of_logits
+from hybridengine.kernels.linear_cross_entropy.memory import empty, matrix
 from hybridengine.kernels.linear_cross_entropy.products import Products
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, RowKernel, Wanted
 
@@ -45,25 +47,35 @@ def run(
     rows, classes = len(head.x), len(head.weight)
     loss = torch.zeros(rows, dtype=dtype, device=head.x.device)
     lse = torch.zeros_like(loss)
-    sums = _Sums(head, wanted, index is None, dtype)
-    for at in _chunks(rows, index, chunk_rows):
+    chunks = list(_chunks(rows, index, chunk_rows))
+    memory = _Memory(classes, products, any(wanted), dtype, head.x.device)
+    sums = _Sums(head, products, wanted, index is None, len(chunks), dtype)
+    for at in chunks:
         x, target = products.rows(head.x[at]), head.target[at].contiguous()
-        logits = sums.buffer(len(x), classes)
-        products.logits(x, head.bias, logits)
+        coming = _of(by_loss, at), _of(by_lse, at)
         chunk_loss, chunk_lse = (torch.empty(len(x), dtype=dtype, device=x.device) for _ in range(2))
-        kernel(
-            logits,
-            target,
-            loss=chunk_loss,
-            lse=chunk_lse,
-            want_gradient=any(wanted),
-            by_loss=by_loss[at].contiguous() if by_loss is not None and by_loss.dim() else by_loss,
-            by_lse=None if by_lse is None else by_lse[at].contiguous(),
-        )
+        gradient = memory.gradient(len(x))
+        for part in memory.parts(len(x)):
+            logits = memory.logits(part.stop - part.start)
+            products.logits(x[part], head.bias, logits)
+            kernel(
+                logits,
+                target[part],
+                loss=chunk_loss[part],
+                lse=chunk_lse[part],
+                gradient=None if gradient is None else gradient[part],
+                by_loss=_of(coming[0], part),
+                by_lse=_of(coming[1], part),
+            )
         loss[at], lse[at] = chunk_loss, chunk_lse
-        if any(wanted):
-            sums.add(at, x, products.gradient(logits), products)
+        if gradient is not None:
+            sums.add(at, x, gradient)
     return loss, lse, sums.result()
+
+
+def _of(rows: Tensor | None, at: slice | Tensor) -> Tensor | None:
+    """A part of what comes in for the rows; a scalar is for every row."""
+    return rows if rows is None or rows.dim() == 0 else rows[at].contiguous()
 
 
 def _chunks(rows: int, index: Tensor | None, size: int) -> Iterator[slice | Tensor]:
@@ -74,37 +86,70 @@ def _chunks(rows: int, index: Tensor | None, size: int) -> Iterator[slice | Tens
         yield slice(start, min(start + size, rows))
 
 
-class _Sums:
-    """The gradients while chunks are added to them, and the memory of a chunk's logits."""
+class _Memory:
+    """The memory of a chunk's logits and of their gradient, used again by every chunk; the first one is the largest.
 
-    def __init__(self, head: Head, wanted: Wanted, every_row: bool, dtype: torch.dtype) -> None:
-        self.head = head
-        self.dtype = dtype
-        self.chunk: Tensor | None = None
+    The gradient takes the place of the logits. Where it is rounded it has memory of its own, and the logits are made
+    for a part of the chunk at a time: the products of the gradient get many rows, while the wide logits stay few.
+    """
+
+    def __init__(
+        self, classes: int, products: Products, with_gradient: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.classes, self.dtype, self.device = classes, dtype, device
+        self.with_gradient, self.gradient_dtype = with_gradient, products.gradient_dtype
+        self._logits: Tensor | None = None
+        self._gradient: Tensor | None = None
+
+    def parts(self, rows: int) -> list[slice]:
+        """The rows of a chunk whose logits exist at a time."""
+        size = rows if self.gradient_dtype is None else rows_of_logits(self.classes)
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+    def logits(self, rows: int) -> Tensor:
+        """Memory for the logits of so many rows."""
+        if self._logits is None:
+            self._logits = matrix(rows, self.classes, self.dtype, self.device)
+        return self._logits[:rows]
+
+    def gradient(self, rows: int) -> Tensor | None:
+        """Memory for the gradient of a chunk's logits, or None if nobody wants it."""
+        if not self.with_gradient:
+            return None
+        if self.gradient_dtype is None:
+            return self.logits(rows)
+        if self._gradient is None:
+            self._gradient = matrix(rows, self.classes, self.gradient_dtype, self.device)
+        return self._gradient[:rows]
+
+
+class _Sums:
+    """The gradients while chunks are added to them."""
+
+    def __init__(
+        self, head: Head, products: Products, wanted: Wanted, every_row: bool, chunks: int, dtype: torch.dtype
+    ) -> None:
+        self.head, self.products = head, products
         self.x = self.weight = self.bias = None
         if wanted.x:
             make = torch.empty_like if every_row else torch.zeros_like
             self.x = make(head.x, memory_format=torch.contiguous_format)
         if wanted.weight:
-            self.weight = _empty(tuple(head.weight.shape), dtype, head.x.device)
+            # One product is rounded by itself; sums of several are kept wide.
+            alone = chunks == 1 and products.gradient_dtype == head.weight.dtype
+            self.weight = empty(tuple(head.weight.shape), head.weight.dtype if alone else dtype, head.x.device)
         if wanted.bias:
             self.bias = torch.zeros(len(head.weight), dtype=dtype, device=head.x.device)
         self.started = False
 
-    def buffer(self, rows: int, classes: int) -> Tensor:
-        """Memory for a chunk's logits; the first chunk is the largest."""
-        if self.chunk is None:
-            self.chunk = _empty((rows, classes), self.dtype, self.head.x.device)
-        return self.chunk[:rows]
-
-    def add(self, at: slice | Tensor, x: Tensor, gradient: Tensor, products: Products) -> None:
+    def add(self, at: slice | Tensor, x: Tensor, gradient: Tensor) -> None:
         """Add what a chunk of rows `x` with the gradient of its logits contributes."""
         if self.x is not None:
-            self.x[at] = products.of_x(gradient).to(self.x.dtype)
+            self.x[at] = self.products.of_x(gradient).to(self.x.dtype)
         if self.weight is not None:
-            products.add_of_weight(self.weight, gradient, x, first=not self.started)
+            self.products.add_of_weight(self.weight, gradient, x, first=not self.started)
         if self.bias is not None:
-            self.bias += gradient.sum(0, dtype=self.dtype)
+            self.bias += self.products.of_bias(gradient)
         self.started = True
 
     def result(self) -> Gradients:
@@ -116,7 +161,3 @@ class _Sums:
             None if self.weight is None else self.weight.to(self.head.weight.dtype),
             None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype),
         )
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return native.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)

@@ -59,7 +59,7 @@ class _Rows:
         *,
         loss: Tensor,
         lse: Tensor,
-        want_gradient: bool,
+        gradient: Tensor | None,
         by_loss: Tensor | None,
         by_lse: Tensor | None,
     ) -> None:
@@ -71,7 +71,7 @@ class _Rows:
             self.factors,
             loss=loss,
             lse=lse,
-            gradient=logits if want_gradient else None,
+            gradient=gradient,
             by_loss=by_loss,
             by_lse=by_lse,
         )

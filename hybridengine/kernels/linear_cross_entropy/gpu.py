@@ -8,22 +8,30 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import triton_runtime
-from hybridengine.kernels.cross_entropy.gpu import RowProblem
+from hybridengine.kernels.cross_entropy.gpu import RowProblem, times_rows
 from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, bad_label, factors, is_soft
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
 from hybridengine.kernels.linear_cross_entropy.autograd import implement, run_operator
+from hybridengine.kernels.linear_cross_entropy.gpu_blocked import Blocks
 from hybridengine.kernels.linear_cross_entropy.products import Half, Products, Wide
-from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted, counted_rows
+from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted
 from hybridengine.kernels.modes import why_not_transformed
 
-__all__ = ["run_cuda", "run_triton", "why_not_cuda", "why_not_triton", "why_slower"]
+__all__ = ["product_dtype", "run_cuda", "run_triton", "why_not_cuda", "why_not_triton", "why_slower", "why_slower_cuda"]
 
 # A guess until it is measured: below, the logits of all rows are small and one product is faster than any loop.
 _FEWEST_LOGITS = 1 << 24
 
 run_cuda = partial(run_operator, "cuda")
 run_triton = partial(run_operator, "triton")
+
+
+def why_slower_cuda(head: Head, options: Options) -> str | None:
+    """Say why plain torch or Triton is taken for this shape."""
+    if _has_tensor_cores(head) and why_not_triton(head, options) is None and triton_runtime.why_missing() is None:
+        return "Triton writes the gradient in half precision at once"
+    return why_slower(head, options)
 
 
 def why_slower(head: Head, options: Options) -> str | None:
@@ -59,6 +67,7 @@ class _Rows:
     """A row kernel of a GPU as a `RowKernel`."""
 
     def __init__(self, impl: str, head: Head, options: Options, by: Tensor) -> None:
+        """`by`: float32 [2], the factors of each row's loss and z term."""
         self.impl, self.head, self.options, self.by = impl, head, options, by
 
     def __call__(
@@ -68,30 +77,27 @@ class _Rows:
         *,
         loss: Tensor,
         lse: Tensor,
-        want_gradient: bool,
+        gradient: Tensor | None,
         by_loss: Tensor | None,
         by_lse: Tensor | None,
     ) -> None:
-        problem = RowProblem(self.impl, target, self.head.class_weight, logits.shape[1], self.options, self.by)
-        if by_lse is not None and want_gradient:
-            problem.run(logits, loss, lse, None)
+        by = self.by if by_loss is None or by_lse is not None else times_rows(self.by, by_loss)
+        problem = RowProblem(self.impl, target, self.head.class_weight, logits.shape[1], self.options, by)
+        # The CUDA library writes a gradient in the logits' dtype alone.
+        into = logits if gradient is not None and self.impl == "cuda" else gradient
+        problem.run(logits, loss, lse, None if by_lse is not None else into)
+        if by_lse is not None and into is not None:
             coming = logits.new_ones(()) if by_loss is None else by_loss
-            problem.run_backward(logits, lse, coming, by_lse, logits)
-            return
-        problem.run(logits, loss, lse, logits if want_gradient else None)
-        if by_loss is not None and want_gradient:
-            logits.mul_(by_loss.unsqueeze(-1) if by_loss.dim() else by_loss)
+            problem.run_backward(logits, lse, coming, by_lse, into)
+        if gradient is not None and into is not None and into is not gradient:
+            gradient.copy_(into)
 
 
-def _products(head: Head) -> Products:
-    """On tensor cores where x is in half precision or autocast would have made it so; they are a GPU's alone."""
-    device = head.x.device.type
-    dtype = head.x.dtype
-    if torch.is_autocast_enabled(device) and dtype == torch.float32:
-        dtype = torch.get_autocast_dtype(device)
-    if device != "cuda" or dtype.itemsize > 2:
-        return Wide(head.weight, torch.float32)
-    return Half(head.weight, dtype)
+def product_dtype(head: Head) -> torch.dtype:
+    """Return in what a GPU multiplies: half precision where x is, or where autocast would have made it so."""
+    if torch.is_autocast_enabled(head.x.device.type) and head.x.dtype == torch.float32:
+        return torch.get_autocast_dtype(head.x.device.type)
+    return head.x.dtype
 
 
 def _run(
@@ -105,26 +111,59 @@ def _run(
 ) -> tuple[Tensor, Tensor, Gradients]:
     record("linear_cross_entropy", impl)
     loss_factor, z_factor, nothing = factors(head.x, head.target, head.class_weight, options)
-    _check_labels(head.target, len(head.weight), options.ignore_index)
-    index = counted_rows(head.target, options.ignore_index)
-    products = _products(head)
+    index, factor = _look_at(head, options, loss_factor)
+    by = torch.stack((loss_factor, z_factor))
     with torch.autocast(head.x.device.type, enabled=False):  # its casts would round what is to be exact
         if split.block_classes:
-            by = (loss_factor, z_factor)
-            loss, lse, gradients = blocked.run(head, index, options, split.block_classes, wanted, by, by_loss, by_lse)
+            passes = None
+            if triton_runtime.why_missing() is None:
+                passes = Blocks(product_dtype(head) if _has_tensor_cores(head) else torch.float32, factor or 1.0)
+            two = loss_factor, z_factor
+            loss, lse, gradients = blocked.run(
+                head, index, options, split.block_classes, wanted, two, by_loss, by_lse, passes
+            )
         else:
-            rows = _Rows(impl, head, options, torch.stack((loss_factor, z_factor)))
+            products = _products(head, factor)
+            if isinstance(products, Half):  # they multiply by the factor
+                by, by_lse = by / products.factor, None if by_lse is None else by_lse / products.factor
+            rows = _Rows(impl, head, options, by)
             loss, lse, gradients = chunked.run(rows, products, head, index, split.chunk_rows, wanted, by_loss, by_lse)
+            if isinstance(products, Half):
+                loss = loss * products.factor
     return loss if options.reduction == REDUCTIONS["none"] else loss.sum() + nothing, lse, gradients
 
 
-def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Refuse a label that is no class. To skip rows the host has to wait for the device anyway."""
+def _products(head: Head, factor: float) -> Products:
+    if not _has_tensor_cores(head):
+        return Wide(head.weight, torch.float32)
+    return Half(head.weight, product_dtype(head), factor or 1.0)  # 0 leaves the z term, which has a factor of its own
+
+
+def _has_tensor_cores(head: Head) -> bool:
+    """Whether the products run on a GPU's tensor cores. Off a GPU, these kernels run in the interpreter."""
+    return head.x.is_cuda and product_dtype(head).itemsize == 2
+
+
+def _look_at(head: Head, options: Options, loss_factor: Tensor) -> tuple[Tensor | None, float]:
+    """Return the rows that count (None: all of them) and the factor of a row's loss.
+
+    The host waits for the device once: which rows are skipped decides the shapes of what follows.
+
+    Raises:
+        IndexError: for a label that is no class.
+    """
+    target, ignore_index, classes = head.target, options.ignore_index, len(head.weight)
     if is_soft(target):
-        return
-    bad = ((target != ignore_index) & ((target < 0) | (target >= classes))).nonzero()
-    if len(bad):
-        raise IndexError(bad_label(int(bad[0]), int(target[bad[0]]), classes, ignore_index))
+        return None, 1.0 / max(len(target), 1) if options.reduction == REDUCTIONS["mean"] else 1.0
+    counted = target != ignore_index
+    bad = counted & ((target < 0) | (target >= classes))
+    wrong, count, factor = torch.stack([one.double() for one in (bad.sum(), counted.sum(), loss_factor)]).tolist()
+    if wrong:
+        row = int(bad.nonzero()[0])
+        raise IndexError(bad_label(row, int(target[row]), classes, ignore_index))
+    if count == len(target):
+        return None, factor
+    return torch.nonzero_static(counted, size=int(count)).squeeze(-1), factor
 
 
 for _impl in ("cuda", "triton"):

@@ -1,4 +1,4 @@
-"""The three products of matrices around a chunk of logits, all summed and returned in float32 (float64 for float64).
+"""The three products of matrices around a chunk of logits, all summed in float32 (float64 for float64).
 
 `Wide` multiplies wide numbers; half-precision tensors are widened first, the head block by block: products of bfloat16
 numbers are exact in float32. `Half` leaves the multiplication of half-precision numbers to a GPU's tensor cores, which
@@ -19,20 +19,24 @@ __all__ = ["Half", "Products", "Wide"]
 class Products(Protocol):
     """How a chunk is multiplied. `x` [B, H] is what `rows` returned."""
 
+    @property
+    def gradient_dtype(self) -> torch.dtype | None:
+        """What the gradient of the logits is multiplied in; None: as the logits are, in their place."""
+
     def rows(self, x: Tensor) -> Tensor:
         """The rows of a chunk as they are multiplied."""
 
     def logits(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Write `x W^T + bias` [B, V], wide, into `out`."""
 
-    def gradient(self, logits: Tensor) -> Tensor:
-        """The gradient of a chunk's logits as it is multiplied."""
-
     def of_x(self, gradient: Tensor) -> Tensor:
-        """`gradient W` [B, H], wide."""
+        """`gradient W` [B, H], wide or rounded once."""
 
     def add_of_weight(self, total: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
-        """Add `gradient^T x` to `total` [V, H], wide; or write it, if it is the first."""
+        """Add `gradient^T x` to `total` [V, H]; or write it, if it is the first."""
+
+    def of_bias(self, gradient: Tensor) -> Tensor:
+        """The sum of the rows of `gradient`, wide."""
 
 
 class Wide:
@@ -40,6 +44,8 @@ class Wide:
 
     # Classes of a half-precision head that are widened at a time.
     _BLOCK = 4096
+
+    gradient_dtype = None
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.dtype = weight, dtype
@@ -55,10 +61,6 @@ class Wide:
         if bias is not None:
             out += bias
 
-    def gradient(self, logits: Tensor) -> Tensor:
-        """As it is."""
-        return logits
-
     def of_x(self, gradient: Tensor) -> Tensor:
         """The sum over the blocks."""
         total: Tensor | None = None
@@ -72,6 +74,10 @@ class Wide:
         """In place."""
         torch.addmm(total, gradient.t(), x, beta=0 if first else 1, out=total)
 
+    def of_bias(self, gradient: Tensor) -> Tensor:
+        """In one sum."""
+        return gradient.sum(0)
+
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The head: whole where it is wide, otherwise widened block by block."""
         if self.weight.dtype == self.dtype:
@@ -83,38 +89,55 @@ class Wide:
 
 
 class Half:
-    """Products of half-precision numbers on a GPU."""
+    """Products of half-precision numbers on a GPU.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """`dtype`: bfloat16 or float16, in which everything is multiplied."""
-        self.weight, self.dtype = weight.to(dtype), dtype
+    The gradient of the logits comes without the factor 1/N of a mean, which multiplies the sums: rounded, p - 1 of a
+    label stays -1 where p is small, while (p - 1)/N would carry the rounding error of 1/N into every row alike.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+        """Say how to multiply.
+
+        Args:
+            weight: the head.
+            dtype: bfloat16 or float16, in which everything is multiplied.
+            factor: what multiplies the three gradients.
+        """
+        self.weight, self.factor = weight.to(dtype), factor
+        self.gradient_dtype = dtype
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` in half precision."""
-        return x.to(self.dtype)
+        return x.to(self.gradient_dtype)
 
     def logits(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """In one product."""
-        self._product(x, self.weight.t(), out, first=True)
+        self._add(out, x, self.weight.t(), first=True, factor=1.0)
         if bias is not None:
             out += bias
 
-    def gradient(self, logits: Tensor) -> Tensor:
-        """Rounded."""
-        return logits.to(self.dtype)
-
     def of_x(self, gradient: Tensor) -> Tensor:
-        """In one product."""
-        out = gradient.new_empty(len(gradient), self.weight.shape[1], dtype=torch.float32)
-        self._product(gradient, self.weight, out, first=True)
+        """In one product, rounded by it."""
+        out = gradient.new_empty(len(gradient), self.weight.shape[1])
+        self.add_of_x(out, gradient, first=True)
         return out
 
-    def add_of_weight(self, total: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
-        """In place."""
-        self._product(gradient.t(), x, total, first)
+    def add_of_x(self, total: Tensor, gradient: Tensor, first: bool) -> None:
+        """Add `gradient W` to `total` [B, H]; or write it, if it is the first."""
+        self._add(total, gradient, self.weight, first=first, factor=self.factor)
 
-    def _product(self, a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
-        if first:
-            torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    def add_of_weight(self, total: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
+        """In place; `total` is float32, or of the products' dtype where this is all of it."""
+        self._add(total, gradient.t(), x, first=first, factor=self.factor)
+
+    def of_bias(self, gradient: Tensor) -> Tensor:
+        """In one sum."""
+        return gradient.sum(0, dtype=torch.float32) * self.factor
+
+    @staticmethod
+    def _add(out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
+        beta = 0.0 if first else 1.0
+        if out.dtype == a.dtype:
+            torch.addmm(out, a, b, beta=beta, alpha=factor, out=out)
         else:
-            torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=factor, out=out)

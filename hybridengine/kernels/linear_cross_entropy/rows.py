@@ -53,7 +53,7 @@ def counted_rows(target: Tensor, ignore_index: int) -> Tensor | None:
 
 
 class RowKernel(Protocol):
-    """Cross-entropy of a chunk of logits, its gradient written over them."""
+    """Cross-entropy of some rows of logits."""
 
     def __call__(
         self,
@@ -62,8 +62,11 @@ class RowKernel(Protocol):
         *,
         loss: Tensor,
         lse: Tensor,
-        want_gradient: bool,
+        gradient: Tensor | None,
         by_loss: Tensor | None,
         by_lse: Tensor | None,
     ) -> None:
-        """Fill `loss` and `lse` [B]; if wanted, put the gradient for what comes in in the place of `logits`."""
+        """Fill `loss` and `lse` [B], and `gradient` for what comes in; it may be the logits themselves.
+
+        With `by_loss` the loss may be any number: who says what comes in has the loss already.
+        """
