@@ -48,11 +48,12 @@ class TritonKernel:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_CE = {"BLOCK": 4096}
+_CE = {"BLOCK": 8192}
 _CE_LABELS = _CE | {"TARGET": 0, "WEIGHTED": False, "CAPPED": False, "Z": False, "weight": None}
 _CE_SMOOTHED = _CE | {"TARGET": 1, "WEIGHTED": True, "CAPPED": True, "Z": True}
 _CE_SOFT = _CE_SMOOTHED | {"TARGET": 2}
-_CE_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_CE_OPTIONS = {"num_warps": 32, "enable_fp_fusion": False}
+_BLOCK = {"TARGET": 0, "WEIGHTED": False, "CAPPED": False, "BLOCK": 1024, "weight": None}
 
 _KL = {"CLASSES": 32000, "SYMMETRIC": True, "WANT_A": True, "WANT_B": True, "HAS_MASK": False, "BLOCK": 2048}
 _STEP = {"WIDTH": 768, "BLOCK": 4096}
@@ -60,7 +61,7 @@ _STEP = {"WIDTH": 768, "BLOCK": 4096}
 TRITON_KERNELS = (
     TritonKernel(
         "hybridengine.kernels.cross_entropy.triton_rows:forward_rows",
-        "*E i32 *T i32 *fp32 *fp32 *fp32 *fp32 *E i32 *i64 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
+        "*E i32 *T i32 *fp32 *fp32 i32 *fp32 *fp32 *E i32 *i64 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
         {
             "labels": _CE_LABELS | {"GRADIENT": True, "FLAGGED": True},
             "labels, loss only": _CE_LABELS | {"GRADIENT": False, "FLAGGED": True, "gradient": None},
@@ -71,13 +72,37 @@ TRITON_KERNELS = (
     ),
     TritonKernel(
         "hybridengine.kernels.cross_entropy.triton_rows:backward_rows",
-        "*E i32 *T i32 *fp32 *fp32 *fp32 *fp32 i32 *fp32 *E i32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
+        "*E i32 *T i32 *fp32 *fp32 i32 *fp32 *fp32 i32 *fp32 *E i32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
         {
             "labels": _CE_LABELS | {"LSE_GRADIENT": False, "grad_lse": None},
             "smoothed, everything on": _CE_SMOOTHED | {"LSE_GRADIENT": True},
             "soft, everything on": _CE_SOFT | {"LSE_GRADIENT": True},
         },
         _CE_OPTIONS,
+    ),
+    TritonKernel(
+        "hybridengine.kernels.cross_entropy.triton_totals:_totals",
+        "*i64 i32 *fp32 i32 i32 i32 *fp32 *fp64",
+        {"weighted mean": {"WEIGHTED": True, "MEAN": True, "EMPTY_IS_ZERO": 0, "BLOCK": 2048}},
+        {"num_warps": 8},
+    ),
+    TritonKernel(
+        "hybridengine.kernels.linear_cross_entropy.triton_blocks:_sum_rows",
+        "*fp32 i32 *T i32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32 fp32 fp32",
+        {"labels": _BLOCK},
+        {"num_warps": 4, "enable_fp_fusion": False},
+    ),
+    TritonKernel(
+        "hybridengine.kernels.linear_cross_entropy.triton_blocks:_write_rows",
+        "*fp32 i32 *T i32 *fp32 *E i32 *fp32 *fp32 *fp32 *fp32 i32 i32 fp32 fp32 fp32 fp32 fp32",
+        {"labels": _BLOCK},
+        {"num_warps": 4, "enable_fp_fusion": False},
+    ),
+    TritonKernel(
+        "hybridengine.kernels.triton_scaling:_scale",
+        "*E *fp32 i32 i32 i32 i32",
+        {"one factor": {"BLOCK": 4096}},
+        {"num_warps": 8},
     ),
     TritonKernel(
         "hybridengine.kernels.kl_pair.triton_rows:kl_rows",
@@ -148,7 +173,7 @@ def compile_triton(
     divisible = [
         index
         for index, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or argument.endswith("stride") or argument == "classes"
+        if kind.startswith("*") or argument.endswith("stride") or argument in ("classes", "width", "count")
     ]
     source = ASTSource(
         fn=function,

@@ -85,11 +85,14 @@ def _load() -> CudaLibrary | str:
         return f"the CUDA library cannot be loaded: {error}"
 
 
-# A traced caller is told the answer, not how it is found.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_missing() -> str | None:
     """Return why the CUDA kernels cannot run here, or None if they can."""
     return _why_missing()
+
+
+# A traced caller is told the answer, not how it is found. `torch.compiler.assume_constant_result` sets the same, but
+# imports torch._dynamo, which takes a second.
+why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -15,11 +15,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors; fixed when Triton is first imported."""
 
 
-# A traced caller is told the answer, not how it is found.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_missing() -> str | None:
     """Return what is absent from this machine, whatever the arguments."""
     return _why_missing()
+
+
+# A traced caller is told the answer, not how it is found. `torch.compiler.assume_constant_result` sets the same, but
+# imports torch._dynamo, which takes a second.
+why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -19,7 +19,7 @@ _BLOCK = 4096
 _MOST_PROGRAMS = 2048
 
 
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit(do_not_specialize=["rows"])
 def _scale(matrix, factor, factor_stride, rows, width, count, BLOCK: tl.constexpr):
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         by = tl.load(factor + row * factor_stride)

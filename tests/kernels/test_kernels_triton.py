@@ -56,10 +56,11 @@ for kernel in TRITON_KERNELS:
         figures, made = compile_triton(kernel, variant, "bf16", architecture)
         assert figures.spill_bytes == 0, figures
         assert f".target sm_{architecture}" in made["ptx"] and made["cubin"][:4] == b"\\x7fELF"
-        if "perturb" in kernel.path:
-            continue  # reads only what its mask keeps
+        if "perturb" in kernel.path or "totals" in kernel.path:
+            continue  # it reads only what its mask keeps; it reads labels, and writes a few numbers
         # Rows of 16-byte multiples are read and written 16 bytes at a time.
-        assert "ld.global.v4.b32" in made["ptx"] and "st.global.v4.b32" in made["ptx"], kernel.path
+        assert "ld.global.v4.b32" in made["ptx"], kernel.path
+        assert "st.global.v4.b32" in made["ptx"] or kernel.path.endswith(":_sum_rows"), kernel.path
 print("compiled")
 """
 

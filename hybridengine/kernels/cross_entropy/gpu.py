@@ -17,7 +17,16 @@ from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, fact
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.modes import forward_mode
 
-__all__ = ["RowProblem", "run_cuda", "run_triton", "times_rows", "why_not_cuda", "why_not_triton", "why_slower"]
+__all__ = [
+    "RowProblem",
+    "row_factors",
+    "run_cuda",
+    "run_triton",
+    "times_rows",
+    "why_not_cuda",
+    "why_not_triton",
+    "why_slower",
+]
 
 Launch = Callable[..., None]
 _PACKAGE = "hybridengine.kernels.cross_entropy"
@@ -28,6 +37,7 @@ _LAUNCHES: dict[str, tuple[Launch, Launch]] = {
         operators.later(f"{_PACKAGE}.triton_kernel", "backward"),
     ),
 }
+_label_totals = operators.later(f"{_PACKAGE}.triton_totals", "label_totals")
 # A guess until it is measured: below, a launch costs more than the work.
 _FEWEST_ELEMENTS = 1 << 16
 
@@ -70,13 +80,25 @@ class RowProblem:
     """Rows of logits and all that their kernels are told, for one implementation."""
 
     def __init__(
-        self, impl: str, target: Tensor, weight: Tensor | None, classes: int, options: Options, by: Tensor
+        self,
+        impl: str,
+        target: Tensor,
+        weight: Tensor | None,
+        classes: int,
+        options: Options,
+        by: Tensor,
+        checked: bool = False,
     ) -> None:
-        """`by`: float32 [2], or [N, 2] for each row its own, on the device: factors of the loss and of the z term."""
+        """Prepare targets and weights.
+
+        Args:
+            by: float32 [2], or [N, 2] for each row its own, on the device: factors of the loss and of the z term.
+            checked: whether every label is known to be a class or ignored.
+        """
         self.forward, self.backward = _LAUNCHES[impl]
         self.target = target.float().contiguous() if is_soft(target) else target.contiguous()
         self.weight = None if weight is None else weight.float().contiguous()
-        self.options, self.by = options, by
+        self.options, self.by, self.checked = options, by, checked
         # The one number that the host must know: only smoothing together with class weights makes it wait.
         needs_sum = self.weight is not None and options.label_smoothing != 0.0
         self.weight_sum = float(self.weight.sum()) if needs_sum and self.weight is not None else float(classes)
@@ -89,11 +111,12 @@ class RowProblem:
 
     def run(self, logits: Tensor, loss: Tensor, lse: Tensor, gradient: Tensor | None) -> None:
         """Fill `loss`, `lse` [N] and the gradient of that loss."""
-        flag = None if is_soft(self.target) else flag_of(logits.device)
-        noted = None if flag is None else flag.tensor()
-        self.forward(logits, self.target, *self.shared, loss, lse, gradient, noted)
-        if flag is not None:
-            flag.launched(self.options.ignore_index)
+        if self.checked or is_soft(self.target):
+            self.forward(logits, self.target, *self.shared, loss, lse, gradient, None)
+            return
+        flag = flag_of(logits.device)
+        self.forward(logits, self.target, *self.shared, loss, lse, gradient, flag.tensor())
+        flag.launched(self.options.ignore_index)
 
     def run_backward(
         self, logits: Tensor, lse: Tensor, by_loss: Tensor, by_lse: Tensor | None, gradient: Tensor
@@ -108,12 +131,28 @@ def times_rows(by: Tensor, coming: Tensor) -> Tensor:
     return by * (coming.float().unsqueeze(-1) if coming.dim() else coming.float())
 
 
+def row_factors(
+    target: Tensor, weight: Tensor | None, classes: int, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the factors of a row's loss and z term, float32 [2], what a loss over nothing adds to 0, and `totals`.
+
+    The last is what `triton_totals.label_totals` counted, or None where plain torch did.
+    """
+    mean = options.reduction == REDUCTIONS["mean"]
+    if is_soft(target) or not target.numel() or triton_runtime.why_missing() is not None:
+        by_loss, by_z, nothing = factors(target.new_empty(0, dtype=torch.float32), target, weight, options)
+        return torch.stack((by_loss, by_z)), nothing, None
+    weight = None if weight is None else weight.float().contiguous()
+    found, totals = _label_totals(target, weight, classes, options.ignore_index, mean, options.empty_is_zero)
+    return found[:2], found[2], totals
+
+
 def _problem(
     impl: str, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
 ) -> tuple[RowProblem, Tensor]:
     """Return the problem, and what a loss over nothing adds to 0."""
-    by_loss, by_z, nothing = factors(logits, target, weight, options)
-    return RowProblem(impl, target, weight, logits.shape[1], options, torch.stack((by_loss, by_z))), nothing
+    by, nothing, _ = row_factors(target, weight, logits.shape[1], options)
+    return RowProblem(impl, target, weight, logits.shape[1], options, by), nothing
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -128,7 +167,10 @@ def _run(
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(loss)
     problem.run(_rows(logits), loss, lse, gradient)
-    return loss if options.reduction == REDUCTIONS["none"] else loss.sum() + nothing, lse
+    if options.reduction == REDUCTIONS["none"]:
+        return loss, lse
+    total = loss.sum()
+    return total + nothing if options.reduction == REDUCTIONS["mean"] else total, lse
 
 
 def _forward(impl: str, logits: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

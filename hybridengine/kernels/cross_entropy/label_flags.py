@@ -23,11 +23,14 @@ class LabelFlag:
         self.device = device
         self._on_device = new_flag(device)
         self._copies: list[tuple[Tensor, Any, int]] = []
+        self._free: list[tuple[Tensor, Any]] = []  # pinned memory and events that are used again
 
     def tensor(self) -> Tensor:
         """The flag for a kernel about to be launched; raises what earlier ones noted, if it has arrived."""
         while self._copies and self._copies[0][1].query():
-            self._raise(*self._copies.pop(0)[::2])
+            copy, event, ignore_index = self._copies.pop(0)
+            self._free.append((copy, event))
+            self._raise(copy, ignore_index)
         return self._on_device
 
     def launched(self, ignore_index: int) -> None:
@@ -35,12 +38,15 @@ class LabelFlag:
         if self.device.type == "cpu":
             self._raise(self._on_device, ignore_index)
             return
-        copy = torch.empty(3, dtype=torch.int64, pin_memory=True)
+        copy, event = self._free.pop() if self._free else self._new()
         copy.copy_(self._on_device, non_blocking=True)
-        make: Any = torch.cuda.Event
-        event = make()
         event.record()
         self._copies.append((copy, event, ignore_index))
+
+    @staticmethod
+    def _new() -> tuple[Tensor, Any]:
+        make: Any = torch.cuda.Event
+        return torch.empty(3, dtype=torch.int64, pin_memory=True), make()
 
     def _raise(self, flag: Tensor, ignore_index: int) -> None:
         try:

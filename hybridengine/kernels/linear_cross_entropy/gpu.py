@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import triton_runtime
-from hybridengine.kernels.cross_entropy.gpu import RowProblem, times_rows
-from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, bad_label, factors, is_soft
+from hybridengine.kernels.cross_entropy.gpu import RowProblem, row_factors, times_rows
+from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, bad_label, is_soft
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
 from hybridengine.kernels.linear_cross_entropy.autograd import implement, run_operator
@@ -82,7 +82,8 @@ class _Rows:
         by_lse: Tensor | None,
     ) -> None:
         by = self.by if by_loss is None or by_lse is not None else times_rows(self.by, by_loss)
-        problem = RowProblem(self.impl, target, self.head.class_weight, logits.shape[1], self.options, by)
+        classes = logits.shape[1]
+        problem = RowProblem(self.impl, target, self.head.class_weight, classes, self.options, by, checked=True)
         # The CUDA library writes a gradient in the logits' dtype alone.
         into = logits if gradient is not None and self.impl == "cuda" else gradient
         problem.run(logits, loss, lse, None if by_lse is not None else into)
@@ -110,15 +111,14 @@ def _run(
     by_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     record("linear_cross_entropy", impl)
-    loss_factor, z_factor, nothing = factors(head.x, head.target, head.class_weight, options)
-    index, factor = _look_at(head, options, loss_factor)
-    by = torch.stack((loss_factor, z_factor))
+    by, nothing, totals = row_factors(head.target, head.class_weight, len(head.weight), options)
+    index, factor = _look_at(head, options, by, totals)
     with torch.autocast(head.x.device.type, enabled=False):  # its casts would round what is to be exact
         if split.block_classes:
             passes = None
             if triton_runtime.why_missing() is None:
                 passes = Blocks(product_dtype(head) if _has_tensor_cores(head) else torch.float32, factor or 1.0)
-            two = loss_factor, z_factor
+            two = by[0], by[1]
             loss, lse, gradients = blocked.run(
                 head, index, options, split.block_classes, wanted, two, by_loss, by_lse, passes
             )
@@ -130,7 +130,9 @@ def _run(
             loss, lse, gradients = chunked.run(rows, products, head, index, split.chunk_rows, wanted, by_loss, by_lse)
             if isinstance(products, Half):
                 loss = loss * products.factor
-    return loss if options.reduction == REDUCTIONS["none"] else loss.sum() + nothing, lse, gradients
+    if options.reduction != REDUCTIONS["none"]:
+        loss = loss.sum() + nothing
+    return loss, lse, gradients
 
 
 def _products(head: Head, factor: float) -> Products:
@@ -144,7 +146,7 @@ def _has_tensor_cores(head: Head) -> bool:
     return head.x.is_cuda and product_dtype(head).itemsize == 2
 
 
-def _look_at(head: Head, options: Options, loss_factor: Tensor) -> tuple[Tensor | None, float]:
+def _look_at(head: Head, options: Options, by: Tensor, totals: Tensor | None) -> tuple[Tensor | None, float]:
     """Return the rows that count (None: all of them) and the factor of a row's loss.
 
     The host waits for the device once: which rows are skipped decides the shapes of what follows.
@@ -152,18 +154,21 @@ def _look_at(head: Head, options: Options, loss_factor: Tensor) -> tuple[Tensor 
     Raises:
         IndexError: for a label that is no class.
     """
-    target, ignore_index, classes = head.target, options.ignore_index, len(head.weight)
+    target, rows = head.target, len(head.target)
+    mean = options.reduction == REDUCTIONS["mean"]
     if is_soft(target):
-        return None, 1.0 / max(len(target), 1) if options.reduction == REDUCTIONS["mean"] else 1.0
-    counted = target != ignore_index
-    bad = counted & ((target < 0) | (target >= classes))
-    wrong, count, factor = torch.stack([one.double() for one in (bad.sum(), counted.sum(), loss_factor)]).tolist()
-    if wrong:
-        row = int(bad.nonzero()[0])
-        raise IndexError(bad_label(row, int(target[row]), classes, ignore_index))
-    if count == len(target):
-        return None, factor
-    return torch.nonzero_static(counted, size=int(count)).squeeze(-1), factor
+        return None, 1.0 / max(rows, 1) if mean else 1.0
+    counted = target != options.ignore_index
+    if totals is None:
+        bad = counted & ((target < 0) | (target >= len(head.weight)))
+        first = torch.where(bad.any(), bad.int().argmax() if rows else bad.sum(), rows)
+        totals = torch.stack([counted.sum().double(), (1.0 / by[0]).double(), first.double()])
+    count, total, first_bad = totals.tolist()
+    if first_bad < rows:
+        row = int(first_bad)
+        raise IndexError(bad_label(row, int(target[row]), len(head.weight), options.ignore_index))
+    index = None if count == rows else torch.nonzero_static(counted, size=int(count)).squeeze(-1)
+    return index, (1.0 / total if total else 0.0) if mean else 1.0
 
 
 for _impl in ("cuda", "triton"):
