@@ -117,6 +117,12 @@ TRITON_KERNELS = (
         {"num_warps": 8},
     ),
     TritonKernel(
+        "hybridengine.kernels.perturb.triton_kernel:_looped",
+        "*E *E *u8 *E i32 fp32 fp32",
+        {"projected": _STEP | {"LINF": False, "PROJECT": True}},
+        {"num_warps": 16},
+    ),
+    TritonKernel(
         "hybridengine.kernels.perturb.triton_kernel:_measure_gradient",
         "*E *E *u8 *fp32 i32 i32 i32 i32",
         {"a chunk": _STEP},

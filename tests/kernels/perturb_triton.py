@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from interpreter import repair_loop_bounds
 from perturb_cases import Case, cases, check
 from torch import Tensor
 
@@ -22,16 +24,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def interpret(count: int) -> None:
+    repair_loop_bounds()
     code.CHUNK = 256  # so that small groups need several chunks
 
     @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(case=cases(DTYPES, [1, 3, 19, 100, 300]))
-    def run(case: Case) -> None:
+    @given(case=cases(DTYPES, [1, 3, 19, 100, 300]), fewest_groups=st.sampled_from([1, 100]))
+    def run(case: Case, fewest_groups: int) -> None:
+        code.FEWEST_GROUPS = fewest_groups
         assume(not any(map(subnormal_in_bfloat16, (*case.delta.values(), *case.gradient.values()))))
         check(case, "triton", truncates=True)
 
     run()
-    one_of_each_trouble()
+    for code.FEWEST_GROUPS in (1, 100):
+        one_of_each_trouble()
     print(kernels.used()["perturb"]["triton"])
 
 
@@ -72,7 +77,8 @@ def kernels_to_compile() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]
     ]
     out, without_first = {"out": "*ELEMENT"}, {name: counts[name] for name in ("length", "parts", "groups")}
     for chosen in choices:
-        found.append(("whole", code._whole, {**tensors, **out, "length": "i32", **sizes}, {**shape, **chosen}))
+        for name, kernel in (("whole", code._whole), ("looped", code._looped)):
+            found.append((name, kernel, {**tensors, **out, "length": "i32", **sizes}, {**shape, **chosen}))
         types = {**tensors, **out, **measures, **without_first, **sizes}
         found.append(("write", code._write, types, {**shape, **chosen, "PARTS": 32}))
     return found

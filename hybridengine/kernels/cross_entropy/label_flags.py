@@ -62,4 +62,7 @@ _flags: dict[torch.device, LabelFlag] = {}
 
 def flag_of(device: torch.device) -> LabelFlag:
     """Return the flag of `device`."""
-    return _flags.setdefault(device, LabelFlag(device))
+    flag = _flags.get(device)
+    if flag is None:
+        flag = _flags[device] = LabelFlag(device)
+    return flag

@@ -13,9 +13,18 @@ from hybridengine.kernels.modes import forward_mode
 __all__ = ["run", "why_missing", "why_not", "why_slower"]
 
 why_missing = triton_runtime.why_missing
-why_slower = triton_runtime.why_slower
+
+# On an H100 a call costs the host as much as plain torch takes for some million logits, where rows are short.
+_FEWEST_CLASSES, _FEWEST_ELEMENTS = 128, 1 << 20
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_slower(a: Tensor, b: Tensor, mask: Tensor | None) -> str | None:
+    """Say why plain torch is taken for this shape."""
+    if a.shape[1] < _FEWEST_CLASSES and a.numel() < _FEWEST_ELEMENTS:
+        return f"fewer than {_FEWEST_CLASSES} classes and {_FEWEST_ELEMENTS} logits: plain torch"
+    return triton_runtime.why_slower()
 
 
 def why_not(a: Tensor, b: Tensor, mask: Tensor | None) -> str | None:

@@ -9,9 +9,10 @@ the head's gradient is read and written once: 8 H V bytes in float32. Computing 
 operations and bytes per second: about 500 rows on two CPU cores (300 GFLOPS, 15 GB/s).
 
 On a GPU with tensor cores a chunk is kept as the gradient of its logits in half precision; the wide logits exist for
-some rows of it only. Where all rows fit into one chunk no wide sum of the head's gradient is needed, whose V x H
-float32 numbers are the memory of the gradients of 2 H rows: so many rows cost no more than several chunks would. On an
-H100 (H 4096, V 128256, 8192 rows) adding to that sum in 2, 4 and 8 chunks costs 13, 21 and 75 % of the product.
+some rows of it only. Where all rows fit into one chunk, no wide sum of the head's gradient is needed, whose V x H
+float32 numbers take the memory of the gradients of 2 H rows: a single chunk may be as large as that sum and a chunk
+together. On an H100 (H 4096, V 128256, 8192 rows) adding to the sum in 2, 4 and 8 chunks costs 13, 21 and 75 % of the
+product.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ def rows_per_chunk(rows: int, hidden: int, classes: int, device: torch.device, d
     """
     classes = max(classes, 1)
     if device.type != "cpu":
-        if dtype.itemsize == 2:
-            return max(_in_steps(max(_GPU_CHUNK_BYTES, 4 * hidden * classes) // (2 * classes)), 1)
-        return rows_of_logits(classes)
+        if dtype.itemsize > 2:
+            return rows_of_logits(classes)
+        wide_sum = 4 * hidden * classes
+        chunk = max(_GPU_CHUNK_BYTES, wide_sum)
+        return max(rows, 1) if 2 * rows * classes <= chunk + wide_sum else _in_steps(chunk // (2 * classes))
     most = _MOST_ROWS // 2 if dtype.itemsize == 2 else _MOST_ROWS
     part = -(-rows // _LARGEST_PART)
     return max(min(most, _MOST_BYTES // (4 * classes), max(part, _FEWEST_ROWS)), 1)

@@ -1,9 +1,11 @@
 """The perturbation step in Triton. The formula stands in `reference.py`; computed in float32, rounded once.
 
 A group (a sequence, or a token) lies contiguous, `length` positions of WIDTH numbers. A small one is read once and
-stays in registers (`_whole`). A large one, or one spread over several sites, is cut into chunks: each writes what it
-measures of its gradient (`_measure_gradient`) and of the moved delta (`_measure_moved`), and `_write` combines that in
-a fixed order. No number goes to the host, and a result depends on nothing outside its group.
+stays in registers (`_whole`). Large ones that are many are each read by one program, chunk by chunk, once for every
+thing to be known (`_looped`): the second read mostly finds them in the cache. Large ones that are few, or spread over
+several sites, are cut into chunks for programs of their own: each writes what it measures of its gradient
+(`_measure_gradient`) and of the moved delta (`_measure_moved`), and `_write` combines that in a fixed order. No number
+goes to the host, and a result depends on nothing outside its group.
 """
 
 # Triton's functions are typed by what they are called with.
@@ -24,6 +26,7 @@ from hybridengine.kernels.dispatch import record
 __all__ = ["launch"]
 
 CHUNK = 4096
+FEWEST_GROUPS = 64  # about half of what a large GPU runs at a time
 
 
 @triton.jit
@@ -101,6 +104,41 @@ def _whole(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _joined(largest, squares, more, more_squares):
+    """Two measures as one; the rates are powers of two, at most 1."""
+    both = tl.maximum(largest, more)
+    rate, more_rate = _scale_of(both) / _scale_of(largest), _scale_of(both) / _scale_of(more)
+    return both, squares * rate * rate + more_squares * more_rate * more_rate
+
+
+@triton.jit(do_not_specialize=["length"])
+def _looped(
+    delta, gradient, mask, out, length, step_size, epsilon,
+    WIDTH: tl.constexpr, LINF: tl.constexpr, PROJECT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A group of any size at one site."""
+    group = tl.program_id(0).to(tl.int64)
+    largest, squares = tl.zeros((), tl.float32), tl.zeros((), tl.float32)
+    for start in range(0, length * WIDTH, BLOCK):
+        _, g, _, _ = _load(delta, gradient, mask, group, start + tl.arange(0, BLOCK), length, WIDTH)
+        more, more_squares = _measured(g)
+        largest, squares = _joined(largest, squares, more, more_squares)
+    reach, sizes = tl.zeros((), tl.float32), tl.zeros((), tl.float32)
+    if PROJECT and not LINF:
+        for start in range(0, length * WIDTH, BLOCK):
+            d, g, _, _ = _load(delta, gradient, mask, group, start + tl.arange(0, BLOCK), length, WIDTH)
+            more, more_squares = _measured(_moved(d, g, largest, squares, step_size, LINF))
+            reach, sizes = _joined(reach, sizes, more, more_squares)
+    for start in range(0, length * WIDTH, BLOCK):
+        d, g, at, inside = _load(delta, gradient, mask, group, start + tl.arange(0, BLOCK), length, WIDTH)
+        z = _moved(d, g, largest, squares, step_size, LINF)
+        if PROJECT:
+            z = _projected(z, reach, sizes, epsilon, LINF)
+        result = tl.where(largest < float("inf"), z, d)
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["length", "first", "parts", "groups"])
 def _measure_gradient(
     delta, gradient, mask, measures, length, first, parts, groups, WIDTH: tl.constexpr, BLOCK: tl.constexpr
@@ -161,6 +199,8 @@ def launch(
     with torch.cuda.device_of(results[0]):
         if len(sites) == 1 and sites[0][0][0].numel() <= CHUNK:
             _launch_whole(sites[0], step_size, epsilon, linf)
+        elif len(sites) == 1 and len(sites[0][0]) >= FEWEST_GROUPS and sites[0][0][0].numel() < 2**31 - CHUNK:
+            _launch_looped(sites[0], step_size, epsilon, linf)
         elif sites:
             _launch_chunks(sites, step_size, epsilon, linf)
     return results
@@ -173,6 +213,15 @@ def _launch_whole(site: tuple[Tensor, ...], step_size: float, epsilon: float | N
     kernel[(groups,)](
         *site, length, step_size, epsilon or 0.0,
         WIDTH=width, LINF=linf, PROJECT=epsilon is not None, BLOCK=block, num_warps=4 if block <= 1024 else 8,
+    )  # fmt: skip
+
+
+def _launch_looped(site: tuple[Tensor, ...], step_size: float, epsilon: float | None, linf: bool) -> None:
+    groups, length, width = site[0].shape
+    kernel: Any = _looped
+    kernel[(groups,)](
+        *site, length, step_size, epsilon or 0.0,
+        WIDTH=width, LINF=linf, PROJECT=epsilon is not None, BLOCK=CHUNK, num_warps=16,
     )  # fmt: skip
 
 

@@ -42,12 +42,18 @@ def run(weights: list[Tensor], gradients: list[Tensor], rule: str, rho: float, e
         return MovedWeights(norm, usable, lambda: 0.0, lambda: None)
     saved = [one.clone() for one in weights]
     directions = torch._foreach_mul(measured, size) if size else measured
-    moving = [i for i, rate in enumerate(rates) if rate]  # of the rest, a gradient may hold NaN
-    offsets = torch._foreach_mul([directions[i] for i in moving], [rates[i] for i in moving])
-    if all(wide is one for wide, one in zip(w, weights, strict=True)):
-        torch._foreach_add_([weights[i] for i in moving], offsets)
+    rate = 1.0
+    if len(set(rates)) == 1:  # SAM and ASAM: no offsets of their own
+        rate = rates[0]
     else:
-        torch._foreach_copy_([weights[i] for i in moving], torch._foreach_add([w[i] for i in moving], offsets))
+        moving = [i for i, one in enumerate(rates) if one]  # of the rest, a gradient may hold NaN
+        weights, w = ([some[i] for i in moving] for some in (weights, w))
+        saved = [saved[i] for i in moving]
+        directions = torch._foreach_mul([directions[i] for i in moving], [rates[i] for i in moving])
+    if all(wide is one for wide, one in zip(w, weights, strict=True)):
+        torch._foreach_add_(weights, directions, alpha=rate)
+    else:
+        torch._foreach_copy_(weights, torch._foreach_add(w, directions, alpha=rate))
     return MovedWeights(norm, usable, lambda: _distance(weights, saved), lambda: torch._foreach_copy_(weights, saved))
 
 
@@ -55,8 +61,11 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
     """The norm of each tensor, in one transfer."""
     if not tensors:
         return []
-    norms: list[float] = torch.stack([norm.double() for norm in torch._foreach_norm(list(tensors))]).tolist()
-    return norms
+    norms = list(torch._foreach_norm(list(tensors)))
+    if len({norm.dtype for norm in norms}) > 1:
+        norms = [norm.double() for norm in norms]
+    found: list[float] = torch.stack(norms).double().tolist()
+    return found
 
 
 def _rate(numerator: float, norm: float) -> float:
