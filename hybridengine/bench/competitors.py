@@ -17,6 +17,7 @@ __all__ = ["DISTRIBUTIONS", "FAMILIES", "compiled", "imported", "linear_cross_en
 FAMILIES = {
     "torch": "torch as usually written",
     "compile": "torch.compile of the same code",
+    "low-memory": 'ours in mode="low_memory"',
     "torch-lce": "torch.nn.functional.linear_cross_entropy in chunks",
     "liger": "Liger-Kernel",
     "quack": "QuACK",

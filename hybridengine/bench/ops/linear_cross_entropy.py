@@ -37,6 +37,12 @@ def ours(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) 
     return loss
 
 
+def low_memory(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same, a few classes at a time."""
+    loss: Tensor = getattr(kernels, KERNEL)(x, weight, target, bias=bias, mode="low_memory")
+    return loss
+
+
 def eager(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
     """As usually written."""
     return functional.cross_entropy(functional.linear(x, weight, bias), target)
@@ -59,13 +65,15 @@ def with_bias(function: Function) -> Function:
 
 FUNCTIONS: dict[str, Function] = {
     OURS: ours,
+    "low-memory": low_memory,
     "torch": eager,
     "torch fp32-loss": float32_loss,  # for half precision alone
     "torch-lce": linear_cross_entropy_in_chunks(None),
     "torch-lce 256": linear_cross_entropy_in_chunks(256),
     "torch-lce 512": linear_cross_entropy_in_chunks(512),
     "liger": with_bias(imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")),
-    "quack": with_bias(imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy")),
+    # Not tuned: that compiles kernels for minutes.
+    "quack": with_bias(partial(imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy"), tuned=False)),
     "cce": with_bias(imported("cut_cross_entropy", "linear_cross_entropy")),
 }
 

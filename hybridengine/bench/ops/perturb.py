@@ -48,7 +48,10 @@ def cases(device: str) -> list[Case]:
     """The cases of a device."""
     batch, full = (32, (64, 128)) if device == "cpu" else (128, (256, 512))
     single, half = torch.float32, torch.bfloat16
+    # On a GPU a small batch measures what a call costs the host; as many numbers as 128 texts of 1024 tokens fill it.
+    large = () if device == "cpu" else (single, half)
     return [
+        *(_case(attack, 1024, dtype, "default") for attack in ATTACKS for dtype in large),
         *(_case(attack, batch, single, "quick") for attack in ATTACKS),
         *(_case(attack, batch, half, "default") for attack in ATTACKS),
         *(_case(attack, rows, dtype, "full") for attack in ATTACKS for rows in full for dtype in (single, half)),
