@@ -73,7 +73,7 @@ for tool in "${!running[@]}"; do
   tail -n 3 "$prefix-$tool.txt"
 done
 
-# An interrupt, not a kill: what is measured by then is written.
+# What is measured by then is written.
 timeout -s INT -k 20 "$bench_limit" "$python" -m hybridengine.cli.main bench $bench --output "$prefix-bench.json" 2>&1 |
   tee "$prefix-bench.txt"
 judge bench "${PIPESTATUS[0]}"

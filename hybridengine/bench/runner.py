@@ -27,6 +27,7 @@ _MOST_MEMORY = {"quick": 3e9, "default": 5e9, "full": float("inf")}
 _LATE = "the {0} run ends after {1:.0f} s; name operations with --op to have all their cases"
 
 Progress = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,13 @@ class Plan:
     device: str | None = None
 
 
-def run(plan: Plan, progress: Progress = lambda text: None) -> dict[str, Any]:
+def run(plan: Plan, progress: Progress = lambda text: None, keep: Keep = lambda report: None) -> dict[str, Any]:
     """Measure everything that the plan asks for and return the report.
+
+    Args:
+        plan: what to measure.
+        progress: told of each case before it is measured.
+        keep: given the report after each case, marked as interrupted: what a process that is killed leaves behind.
 
     Raises:
         ConfigError: for an unknown operation, competitor or device.
@@ -62,7 +68,7 @@ def run(plan: Plan, progress: Progress = lambda text: None) -> dict[str, Any]:
         "against": list(bench.against),
         "machine": describe(device),
         "memory": memory.why_not(device) or memory.METHODS[device.type],
-        "interrupted": False,
+        "interrupted": True,
         "not_run": {},
         "rows": [],
     }
@@ -75,9 +81,16 @@ def run(plan: Plan, progress: Progress = lambda text: None) -> dict[str, Any]:
         try:
             row = left_out(case, _LATE.format(plan.tier, bench.effort.total)) if late else measure(case, bench)
         except KeyboardInterrupt:  # what is measured is not lost
-            report["interrupted"] = True
             break
         report["rows"].append({"op": op, **row})
+        keep(_complete(report, bench))
+    else:
+        report["interrupted"] = False
+    return _complete(report, bench)
+
+
+def _complete(report: dict[str, Any], bench: Bench) -> dict[str, Any]:
+    """Bring the report up to date with its rows."""
     report["rows"].sort(key=lambda row: row["op"])
     report["floor"] = {
         "copy_gb_per_s": bench.rates.bandwidth / 1e9,

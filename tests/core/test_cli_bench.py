@@ -133,6 +133,24 @@ def test_ctrl_c_keeps_what_is_measured(
 
 
 @pytest.mark.usefixtures("tiny")
+def test_what_is_measured_is_on_the_disk_before_the_next_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For a process that is killed, which no handler survives."""
+    measure, path, found = runner.measure, tmp_path / "bench.json", []
+
+    def looked_at(case: Any, bench: Any) -> dict[str, Any]:
+        found.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+        return measure(case, bench)
+
+    monkeypatch.setattr(runner, "measure", looked_at)
+    bench(capsys, "--op", "cross_entropy", "--op", "total_norm", "--output", path)
+    assert found[0] is None
+    assert found[1]["interrupted"] and len(found[1]["rows"]) == 1 and found[1]["floor"]
+    assert not json.loads(path.read_text(encoding="utf-8"))["interrupted"]
+
+
+@pytest.mark.usefixtures("tiny")
 def test_an_operation_whose_kernel_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -327,7 +327,7 @@ def test_a_patched_model_learns_the_same() -> None:
         vocab_size=30522, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
     )
     model = BertForMaskedLM(config).cuda().eval()
-    ids = torch.randint(0, 30522, (16, 64), device="cuda")
+    ids = torch.randint(0, 30522, (32, 128), device="cuda")  # enough that plain torch is not preferred
     labels = ids.masked_fill(torch.rand(ids.shape, device="cuda") > 0.15, -100)
 
     def gradients() -> list[Tensor]:

@@ -18,7 +18,8 @@ __all__ = ["run"]
 
 _Ops = Annotated[list[str] | None, typer.Option(help="An operation; repeat for more.", show_default=False)]
 _Against = Annotated[
-    str | None, typer.Option(help="Competitors, e.g. torch,compile,torch-lce,liger,quack,cce.", show_default=False)
+    str | None,
+    typer.Option(help="Competitors, e.g. torch,compile,low-memory,torch-lce,liger,quack,cce.", show_default=False),
 ]
 _Quick = Annotated[bool, typer.Option("--quick", help="A few cases in half a minute, without torch.compile.")]
 _Full = Annotated[bool, typer.Option("--full", help="The whole matrix of shapes that fit the memory: hours.")]
@@ -52,7 +53,7 @@ def run(
         raise ConfigError("bench: --quick and --full exclude each other")
     catalogue.check_names(op or [], catalogue.names(), "operation")  # told before torch is imported
     targets = _targets(output, html)
-    report = _measured(op or [], names, "quick" if quick else "full" if full else "default", device)
+    report = _measured(op or [], names, "quick" if quick else "full" if full else "default", device, targets)
     _write(report, targets)
     if as_json:
         from hybridengine.train.files import finite
@@ -82,10 +83,15 @@ def _targets(output: Path | None, html: Path | None) -> dict[str, Path]:
     return targets
 
 
-def _measured(ops: list[str], against: list[str], tier: Tier, device: str | None) -> dict[str, Any]:
+def _measured(
+    ops: list[str], against: list[str], tier: Tier, device: str | None, targets: dict[str, Path]
+) -> dict[str, Any]:
     from hybridengine.bench.runner import Plan, run
 
-    return run(Plan(ops, against, tier, device), console.note)
+    def keep(report: dict[str, Any]) -> None:
+        _write(report, {kind: path for kind, path in targets.items() if kind == "json"})
+
+    return run(Plan(ops, against, tier, device), console.note, keep)
 
 
 def _write(report: dict[str, Any], targets: dict[str, Path]) -> None:
