@@ -103,8 +103,9 @@ def linear_cross_entropy(
 
     Options, edges and loss dtype are those of `cross_entropy`. Rows to be ignored cost nothing; a frozen head costs no
     gradient of the head, a frozen `x` none of `x`. Half precision is multiplied and summed in float32, also under
-    autocast, and every gradient rounded once. Differentiable any number of times, the second one also in chunks; under
-    `torch.func` and in forward mode the automatic choice is the reference, which holds all logits.
+    autocast, and every gradient rounded once; on a GPU tensor cores multiply, which round the logits' gradient too.
+    Differentiable any number of times, the second one also in chunks; under `torch.func` and in forward mode the
+    automatic choice is the reference, which holds all logits.
 
     Args:
         x: [..., H], hidden states.
@@ -117,7 +118,8 @@ def linear_cross_entropy(
         mode: "auto" computes some rows of logits at a time and holds the head's gradient in float32 while it grows.
             "low_memory" computes some classes at a time, twice: a third more arithmetic, and little memory beyond the
             gradients themselves. For half-precision heads and large vocabularies.
-        chunk_rows: rows of logits at a time instead of the automatic number (`chunks.py`).
+        chunk_rows: rows of logits (on a GPU, in half precision: of their gradient) at a time instead of the automatic
+            number (`chunks.py`).
         impl: one of the names of `kernels.explain()` instead of the automatic choice.
 
     Returns:
