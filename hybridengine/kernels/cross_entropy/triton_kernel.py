@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hybridengine.kernels.cross_entropy.layout import check_rows, check_values
 from hybridengine.kernels.cross_entropy.options import is_soft
-from hybridengine.kernels.cross_entropy.triton_rows import LABELS, SMOOTHED, SOFT, backward_rows, forward_rows
+from hybridengine.kernels.cross_entropy.triton_row import LABELS, SMOOTHED, SOFT
+from hybridengine.kernels.cross_entropy.triton_rows import backward_rows, forward_rows
 
 __all__ = ["backward", "forward", "launch_options"]
 

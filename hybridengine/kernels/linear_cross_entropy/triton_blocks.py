@@ -1,6 +1,6 @@
 """The Triton kernels of a GPU's `mode="low_memory"`: one block of classes of every row at a time.
 
-A row is that of `cross_entropy/triton_rows.py`, in pieces: `sum_block` goes on with the row's sums where the block
+A row is that of `cross_entropy/triton_row.py`, in pieces: `sum_block` goes on with the row's sums where the block
 before left them, `write_block` writes the block's part of the gradient once they are known.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
 from hybridengine.kernels.cross_entropy.triton_kernel import launch_options
-from hybridengine.kernels.cross_entropy.triton_rows import LABELS, SMOOTHED, SOFT, bend, sum_row, write_gradient
+from hybridengine.kernels.cross_entropy.triton_row import LABELS, SMOOTHED, SOFT, bend, sum_row, write_gradient
 
 __all__ = ["sum_block", "write_block"]
 
