@@ -77,14 +77,20 @@ def _shared(target: Tensor, weight: Tensor | None, first: int, classes: int, all
         "inner": options.scale / softcap if softcap > 0 else 0.0,
         "softcap": float(softcap),
     }
+    kind = (SOFT if soft else SMOOTHED if smoothing else LABELS).value
     choices = {
-        "TARGET": (SOFT if soft else SMOOTHED if smoothing else LABELS).value,
+        "TARGET": kind,
         "WEIGHTED": weight is not None,
         "CAPPED": softcap > 0,
     }
     at = slice(first, first + classes)
     rows = target[:, at] if soft else target
-    return rows, rows.stride(0), None if weight is None else weight[at], numbers | choices | launch_options(classes)
+    return (
+        rows,
+        rows.stride(0),
+        None if weight is None else weight[at],
+        numbers | choices | launch_options(classes, kind),
+    )
 
 
 def sum_block(
