@@ -80,10 +80,11 @@ def run(plan: Plan, progress: Progress = lambda text: None, keep: Keep = lambda 
         late = time.monotonic() - begun > bench.effort.total
         try:
             row = left_out(case, _LATE.format(plan.tier, bench.effort.total)) if late else measure(case, bench)
+            report["rows"].append({"op": op, **row})
+            if not late:
+                keep(_complete(report, bench))
         except KeyboardInterrupt:  # what is measured is not lost
             break
-        report["rows"].append({"op": op, **row})
-        keep(_complete(report, bench))
     else:
         report["interrupted"] = False
     return _complete(report, bench)

@@ -11,16 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreter import repair_loop_bounds
-from loss_cases import Problem, assert_as_good_as_torch, problems
+from loss_cases import Problem, assert_as_good_as_torch, problems, stated_loss
 from torch import Tensor
 
 from hybridengine import kernels
 from hybridengine.kernels.linear_cross_entropy import blocked, gpu
-from hybridengine.kernels.linear_cross_entropy.products import Half
+from hybridengine.kernels.linear_cross_entropy.products import Narrow
 
 repair_loop_bounds()
 blocked._FEWEST = 5  # so that a few classes need several blocks
@@ -57,24 +56,76 @@ def linear_cross_entropy(problem: Problem, split: int) -> None:
     assert_as_good_as_torch(problem, problem.outcome(run, torch.float32))
 
 
-def half_precision() -> None:
-    """bfloat16 with rounded gradients of the logits, as on tensor cores, within their rounding of float64."""
+def add(out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
+    """A product as a GPU writes it: in the factors' dtype, or in float32."""
+    assert out.dtype in (a.dtype, torch.float32), f"a GPU writes no {out.dtype} product of {a.dtype}"
+    made = a.float() @ b.float() * factor
+    out.copy_(made if first else out + made)
 
-    def add(out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
-        made = a.float() @ b.float() * factor
-        out.copy_(made if first else out + made)
 
-    Half._add = staticmethod(add)  # type: ignore[method-assign]
-    gpu._products = lambda head, factor: Half(head.weight, torch.bfloat16, factor)
-    x, weight = torch.randn(20, 8).bfloat16(), torch.randn(50, 8)
-    target = torch.randint(0, 50, (20,))
-    leaves = [one.clone().requires_grad_() for one in (x, weight)]
-    linear_by(*leaves, target, chunk_rows=6).backward()
-    exact = [x.double().requires_grad_(), weight.bfloat16().double().requires_grad_()]
-    F.cross_entropy(exact[0] @ exact[1].t(), target).backward()
+def has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    """As on a GPU."""
+    seen.add(dtype)
+    return dtype.itemsize == 2
+
+
+seen: set[torch.dtype] = set()
+HALVES = [torch.bfloat16, torch.float16]
+EITHER = [*HALVES, torch.float32]
+
+
+@quick
+@given(
+    dtypes=st.sampled_from([(x, w) for x in EITHER for w in EITHER]),
+    autocast=st.sampled_from([None, None, *HALVES]),
+    low_memory=st.booleans(),
+    use_lse=st.booleans(),
+    weighted=st.booleans(),
+    options=st.fixed_dictionaries(
+        {"reduction": st.sampled_from(["mean", "sum", "none"])},
+        optional={"label_smoothing": st.just(0.1), "z_loss": st.just(0.01), "softcap": st.just(5.0)},
+    ),
+    seed=st.integers(0, 99),
+)
+def half_precision(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    autocast: torch.dtype | None,
+    low_memory: bool,
+    use_lse: bool,
+    weighted: bool,
+    options: dict[str, Any],
+    seed: int,
+) -> None:
+    """Gradients of the logits rounded for tensor cores; none overflows by the scale of a loss."""
+    torch.manual_seed(seed)
+    x, weight = torch.randn(20, 8).to(dtypes[0]), torch.randn(50, 8).to(dtypes[1])
+    bias, target = torch.randn(50), torch.randint(0, 50, (20,))
+    target[3] = -100
+    class_weight = torch.rand(50) + 0.5 if weighted else None
+    multiplied = autocast if autocast is not None and x.dtype == torch.float32 else x.dtype
+    scale = 2.0**18 if multiplied == torch.float16 and options["reduction"] == "mean" else 1.0
+
+    def total(loss: Tensor, lse: Tensor) -> Tensor:
+        coming = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view(loss.shape) * scale
+        total = (loss * coming).sum()
+        return total + (lse * torch.linspace(-1, 1, 20, dtype=lse.dtype)).sum() if use_lse else total
+
+    leaves = [one.clone().requires_grad_() for one in (x, weight, bias)]
+    chosen: dict[str, Any] = {"mode": "low_memory"} if low_memory else {"chunk_rows": 6}
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        made = linear_by(
+            *leaves[:2], target, bias=leaves[2], class_weight=class_weight, return_lse=use_lse, **options, **chosen
+        )
+    total(*(made if use_lse else (made, torch.zeros(20)))).backward()
+    rounded = [one.to(multiplied) if multiplied.itemsize == 2 else one for one in (x, weight)]
+    exact = [one.double().requires_grad_() for one in (*rounded, bias)]
+    by_class = None if class_weight is None else class_weight.double()
+    total(*stated_loss(exact[0] @ exact[1].t() + exact[2], target, weight=by_class, **options)).backward()
     for leaf, one in zip(leaves, exact, strict=True):
-        # Each entry of the logits' gradient is rounded once (half of 2^-7), and so is the result.
-        assert float((leaf.grad.double() - one.grad).norm() / one.grad.norm()) < 2**-7
+        assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype and bool(leaf.grad.isfinite().all())
+        # Each entry of the logits' gradient is rounded once, and so is the result; the interpreter truncates to
+        # bfloat16: 2^-7 each.
+        assert float((leaf.grad.double() - one.grad).norm() / one.grad.norm()) < 2**-6
 
 
 def a_bad_label() -> None:
@@ -91,6 +142,13 @@ def a_bad_label() -> None:
             assert "target[1] = 7 is not one of the 5 classes" in str(error)
         else:
             raise AssertionError("a label that is no class went through")
+
+
+def a_weight_that_is_no_number() -> None:
+    """It spoils the rows of its class alone."""
+    weight, target = torch.tensor([torch.nan, 1.0, 1.0]), torch.tensor([0, 1, 2, 2])
+    loss = loss_by(torch.randn(4, 3), target, weight=weight, reduction="none")
+    assert loss.isnan().tolist() == [True, False, False, False]
 
 
 def compiled() -> None:
@@ -110,6 +168,10 @@ def compiled() -> None:
 
 
 torch.manual_seed(0)
-for check in (cross_entropy, linear_cross_entropy, half_precision, a_bad_label, compiled):
+for check in (cross_entropy, linear_cross_entropy, a_bad_label, a_weight_that_is_no_number, compiled):
     check()
+Narrow._add = staticmethod(add)  # type: ignore[method-assign]
+gpu._has_tensor_cores = has_tensor_cores
+half_precision()
+assert seen == set(EITHER)
 print("all pass")

@@ -178,7 +178,12 @@ def flops(head: dict[str, Tensor], wanted: list[bool], target: Tensor, split: tu
     options = importlib.import_module("hybridengine.kernels.cross_entropy.options").Options
     problem = rows.Head(head["x"], head["weight"], None, target, None)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run(problem, options(-100, 0.0, 1.0, 0.0, 0.0, 1, False), rows.Split(*split), rows.Wanted(*wanted))
+        run(
+            problem,
+            options(-100, 0.0, 1.0, 0.0, 0.0, 1, False),
+            rows.Split(*split, torch.float32),
+            rows.Wanted(*wanted),
+        )
     return counter.get_total_flops()
 
 
@@ -435,7 +440,7 @@ def test_opcheck(wanted: list[bool]) -> None:
     tensors = [torch.randn(*s, dtype=torch.float64) for s in ((6, 3), (5, 3), (5,))]
     arguments = (*tensors, torch.randint(0, 5, (6,)), None, -100, 0.1, 1.0, 0.0, 0.0)
     for reduction in (0, 1):
-        rest = (reduction, False, 4, 0, wanted, "cpu")
+        rest = (reduction, False, 4, 0, torch.float64, wanted, "cpu")
         torch.library.opcheck(torch.ops.hybridengine.linear_cross_entropy, (*arguments, *rest))
         coming = torch.ones(6 if reduction == 0 else (), dtype=torch.float64)
         backward = torch.ops.hybridengine.linear_cross_entropy_backward

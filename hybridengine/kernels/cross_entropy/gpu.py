@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -103,6 +104,13 @@ class RowProblem:
         # The one number that the host must know: only smoothing together with class weights makes it wait.
         needs_sum = self.weight is not None and options.label_smoothing != 0.0
         self.weight_sum = float(self.weight.sum()) if needs_sum and self.weight is not None else float(classes)
+
+    def of_rows(self, target: Tensor, by: Tensor) -> RowProblem:
+        """The same problem for other rows: their targets and factors."""
+        other = copy(self)
+        other.target = target.float().contiguous() if is_soft(target) else target.contiguous()
+        other.by = by
+        return other
 
     @property
     def shared(self) -> tuple[Any, ...]:

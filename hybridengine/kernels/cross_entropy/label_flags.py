@@ -40,7 +40,7 @@ class LabelFlag:
             return
         copy, event = self._free.pop() if self._free else self._new()
         copy.copy_(self._on_device, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         self._copies.append((copy, event, ignore_index))
 
     @staticmethod

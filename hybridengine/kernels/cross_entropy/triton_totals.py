@@ -42,7 +42,7 @@ def _totals(
     tl.store(totals, number)
     tl.store(totals + 1, total)
     tl.store(totals + 2, tl.min(bad, 0).to(tl.float64))
-    s, z, nothing = total * 0.0 + 1.0, total * 0.0 + 1.0, total * 0.0
+    s, z, nothing = number * 0.0 + 1.0, number * 0.0 + 1.0, number * 0.0
     if MEAN:
         # Over nothing the gradient is 0, also where the loss is NaN: such a batch must not destroy the weights.
         s = tl.where(total == 0.0, 0.0, 1.0 / total)

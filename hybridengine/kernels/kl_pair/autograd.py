@@ -77,7 +77,7 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None
     ctx.given_away = True
     for by, want in ((by_a, want_a), (by_b, want_b)):
         if want:
-            scale_rows(by.data, grad_loss)  # not to be seen by the check of saved tensors: `given_away` stands for it
+            scale_rows(by, grad_loss)  # the check of saved tensors does not see it: `given_away` stands for it
     return by_a if want_a else None, by_b if want_b else None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.cross_entropy.options import REDUCTIONS, SCHEMA, Options
+from hybridengine.kernels.linear_cross_entropy.chunks import rows_of_logits
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted
 from hybridengine.kernels.linear_cross_entropy.second_order import differentiable_gradients
 from hybridengine.kernels.modes import is_transformed
@@ -48,13 +49,14 @@ def _fake_backward(by_loss: Tensor | None, by_lse: Tensor | None, *arguments: An
 
 
 operators.define(
-    f"linear_cross_entropy({_TENSORS}, {SCHEMA}, int chunk_rows, int block_classes, bool[] wanted, str impl)"
+    f"linear_cross_entropy({_TENSORS}, {SCHEMA}, int chunk_rows, int block_classes, ScalarType dtype,"
+    " bool[] wanted, str impl)"
     " -> (Tensor loss, Tensor lse, Tensor by_x, Tensor by_weight, Tensor by_bias)",
     _fake,
 )
 operators.define(
     f"linear_cross_entropy_backward(Tensor? by_loss, Tensor? by_lse, {_TENSORS}, {SCHEMA}, int chunk_rows,"
-    " int block_classes, bool[] wanted, str impl) -> (Tensor by_x, Tensor by_weight, Tensor by_bias)",
+    " int block_classes, ScalarType dtype, bool[] wanted, str impl) -> (Tensor by_x, Tensor by_weight, Tensor by_bias)",
     _fake_backward,
 )
 
@@ -64,9 +66,9 @@ def implement(impl: str, run: Callable[..., tuple[Tensor, Tensor, Gradients]]) -
 
     def call(arguments: tuple[Any, ...], *coming: Tensor | None) -> tuple[Tensor, ...]:
         options = Options(*arguments[_HEAD : _HEAD + _OPTIONS])
-        chunk_rows, block_classes, wanted = arguments[_HEAD + _OPTIONS :]
+        *split, wanted = arguments[_HEAD + _OPTIONS :]
         head = Head(*arguments[:_HEAD])
-        loss, lse, gradients = run(head, options, Split(chunk_rows, block_classes), Wanted(*wanted), *coming)
+        loss, lse, gradients = run(head, options, Split(*split), Wanted(*wanted), *coming)
         return loss, lse, *(head.x.new_empty(0) if one is None else one for one in gradients)
 
     def backward(by_loss: Tensor | None, by_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -110,7 +112,10 @@ def _backward(ctx: Any, by_loss: Tensor | None, by_lse: Tensor | None) -> Gradie
             return _masked([(one * by_loss).to(one.dtype) for one in unit], ctx.wanted)
     elif torch.is_grad_enabled() or any(one is not None and is_transformed(one) for one in (by_loss, by_lse)):
         known = unit if ready else None
-        return differentiable_gradients(by_loss, by_lse, head, ctx.options, ctx.split.chunk_rows, ctx.wanted, known)
+        rows = ctx.split.chunk_rows
+        if head.x.is_cuda:  # where a chunk of a half-precision head is larger than its wide logits may be
+            rows = min(rows, rows_of_logits(len(head.weight)))
+        return differentiable_gradients(by_loss, by_lse, head, ctx.options, rows, ctx.wanted, known)
     elif ready and by_loss is not None:
         ctx.ready = False  # the caller may keep the buffers and add to them: a second backward computes new ones
         for one in unit:

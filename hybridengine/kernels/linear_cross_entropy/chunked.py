@@ -136,8 +136,8 @@ class _Sums:
             self.x = make(head.x, memory_format=torch.contiguous_format)
         if wanted.weight:
             # One product is rounded by itself; sums of several are kept wide.
-            alone = chunks == 1 and products.gradient_dtype == head.weight.dtype
-            self.weight = empty(tuple(head.weight.shape), head.weight.dtype if alone else dtype, head.x.device)
+            kept = products.out_dtype(head.weight.dtype) if chunks == 1 else dtype
+            self.weight = empty(tuple(head.weight.shape), kept, head.x.device)
         if wanted.bias:
             self.bias = torch.zeros(len(head.weight), dtype=dtype, device=head.x.device)
         self.started = False
@@ -145,7 +145,7 @@ class _Sums:
     def add(self, at: slice | Tensor, x: Tensor, gradient: Tensor) -> None:
         """Add what a chunk of rows `x` with the gradient of its logits contributes."""
         if self.x is not None:
-            self.x[at] = self.products.of_x(gradient).to(self.x.dtype)
+            self.x[at] = self.products.of_x(gradient, self.x.dtype).to(self.x.dtype)
         if self.weight is not None:
             self.products.add_of_weight(self.weight, gradient, x, first=not self.started)
         if self.bias is not None:

@@ -15,7 +15,7 @@ from hybridengine.kernels.linear_cross_entropy import blocked, chunked
 from hybridengine.kernels.linear_cross_entropy.autograd import implement, run_operator
 from hybridengine.kernels.linear_cross_entropy.chunks import rows_of_logits
 from hybridengine.kernels.linear_cross_entropy.gpu_blocked import Blocks
-from hybridengine.kernels.linear_cross_entropy.products import Half, Products, Wide
+from hybridengine.kernels.linear_cross_entropy.products import Narrow, Products, Wide
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted
 from hybridengine.kernels.modes import why_not_transformed
 
@@ -31,7 +31,8 @@ run_triton = partial(run_operator, "triton")
 
 def why_slower_cuda(head: Head, options: Options) -> str | None:
     """Say why plain torch or Triton is taken for this shape."""
-    if _has_tensor_cores(head) and why_not_triton(head, options) is None and triton_runtime.why_missing() is None:
+    can_triton = triton_runtime.why_missing() is None and why_not_triton(head, options) is None
+    if can_triton and product_dtype(head).itemsize == 2:
         return "Triton writes the gradient in half precision at once"
     return why_slower(head, options)
 
@@ -70,7 +71,8 @@ class _Rows:
 
     def __init__(self, impl: str, head: Head, options: Options, by: Tensor) -> None:
         """`by`: float32 [2], the factors of each row's loss and z term."""
-        self.impl, self.head, self.options, self.by = impl, head, options, by
+        self.impl, self.by = impl, by
+        self.problem = RowProblem(impl, head.target, head.class_weight, len(head.weight), options, by, checked=True)
 
     def __call__(
         self,
@@ -84,8 +86,7 @@ class _Rows:
         by_lse: Tensor | None,
     ) -> None:
         by = self.by if by_loss is None or by_lse is not None else times_rows(self.by, by_loss)
-        classes = logits.shape[1]
-        problem = RowProblem(self.impl, target, self.head.class_weight, classes, self.options, by, checked=True)
+        problem = self.problem.of_rows(target, by)
         # The CUDA library writes a gradient in the logits' dtype alone.
         into = logits if gradient is not None and self.impl == "cuda" else gradient
         problem.run(logits, loss, lse, None if by_lse is not None else into)
@@ -115,39 +116,37 @@ def _run(
     record("linear_cross_entropy", impl)
     by, nothing, totals = row_factors(head.target, head.class_weight, len(head.weight), options)
     index, factor = _look_at(head, options, by, totals)
+    products = _products(head, split.dtype, factor)
     with torch.autocast(head.x.device.type, enabled=False):  # its casts would round what is to be exact
         if split.block_classes:
-            passes = None
-            if triton_runtime.why_missing() is None:
-                passes = Blocks(product_dtype(head) if _has_tensor_cores(head) else torch.float32, factor or 1.0)
+            passes = Blocks(products) if triton_runtime.why_missing() is None else None
             two = by[0], by[1]
             loss, lse, gradients = blocked.run(
                 head, index, options, split.block_classes, wanted, two, by_loss, by_lse, passes
             )
         else:
-            products = _products(head, factor)
-            if isinstance(products, Half):  # they multiply by the factor
-                by, by_lse = by / products.factor, None if by_lse is None else by_lse / products.factor
-            rows = _Rows(impl, head, options, by)
+            rows = _Rows(impl, head, options, by / products.factor)
+            coming = None if by_lse is None else by_lse / products.factor
             # Only the head's gradient gains by more rows than have their logits at a time.
             size = split.chunk_rows if wanted.weight else min(split.chunk_rows, rows_of_logits(len(head.weight)))
-            loss, lse, gradients = chunked.run(rows, products, head, index, size, wanted, by_loss, by_lse)
-            if isinstance(products, Half):
-                loss = loss * products.factor
+            loss, lse, gradients = chunked.run(rows, products, head, index, size, wanted, by_loss, coming)
+            loss = loss * products.factor
     if options.reduction != REDUCTIONS["none"]:
         loss = loss.sum() + nothing
     return loss, lse, gradients
 
 
-def _products(head: Head, factor: float) -> Products:
-    if not _has_tensor_cores(head):
+def _products(head: Head, dtype: torch.dtype, factor: float) -> Products:
+    if not _has_tensor_cores(head.x.device, dtype):
         return Wide(head.weight, torch.float32)
-    return Half(head.weight, product_dtype(head), factor or 1.0)  # 0 leaves the z term, which has a factor of its own
+    # float16 has no room for gradients without the factor: what comes in is the scale of a loss, 65536 at first. And a
+    # factor of 0 leaves the z term, which has one of its own.
+    return Narrow(head.weight, dtype, 1.0 if dtype == torch.float16 else factor or 1.0)
 
 
-def _has_tensor_cores(head: Head) -> bool:
-    """Whether the products run on a GPU's tensor cores. Off a GPU, these kernels run in the interpreter."""
-    return head.x.is_cuda and product_dtype(head).itemsize == 2
+def _has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether half precision is multiplied as it is. Off a GPU these kernels run in the interpreter."""
+    return device.type == "cuda" and dtype.itemsize == 2
 
 
 def _look_at(head: Head, options: Options, by: Tensor, totals: Tensor | None) -> tuple[Tensor | None, float]:

@@ -1,7 +1,7 @@
 """`mode="low_memory"` on a GPU: tensor cores around the kernels of `triton_blocks`. The passes are those of `blocked`.
 
 What a row is multiplied by follows from its sums as in `csrc/cross_entropy/cuda.cuh`. Of the gradient only one block
-exists, in half precision and without the factor of a mean, which multiplies the products (see `products.Half`).
+exists, in half precision and without the factor of a mean, which multiplies the products (see `products.Narrow`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from hybridengine.kernels import operators
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
 from hybridengine.kernels.linear_cross_entropy.memory import matrix
-from hybridengine.kernels.linear_cross_entropy.products import Half
+from hybridengine.kernels.linear_cross_entropy.products import Products
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
 
 __all__ = ["Blocks"]
@@ -26,14 +26,9 @@ _write_block = operators.later("hybridengine.kernels.linear_cross_entropy.triton
 class Blocks:
     """The two passes over the head, as `blocked.run` calls them."""
 
-    def __init__(self, dtype: torch.dtype, factor: float) -> None:
-        """Say how to multiply.
-
-        Args:
-            dtype: in which everything is multiplied; float32 rounds nothing.
-            factor: what multiplies the gradients; the factors of the rows are divided by it.
-        """
-        self.dtype, self.factor = dtype, factor
+    def __init__(self, products: Products) -> None:
+        """`products`: with the head; the factors of the rows are divided by theirs."""
+        self.products = products
 
     def __call__(
         self,
@@ -48,8 +43,8 @@ class Blocks:
         """Return row losses [N], log-sum-exps [N] and gradients."""
         x_dtype = head.x.dtype
         head = head._replace(
-            x=head.x.to(self.dtype),
-            target=head.target.float().contiguous() if is_soft(head.target) else head.target.contiguous(),
+            x=self.products.rows(head.x),
+            target=head.target.float().contiguous() if head.target.dtype == torch.float64 else head.target.contiguous(),
             class_weight=None if head.class_weight is None else head.class_weight.float().contiguous(),
         )
         rows, classes = len(head.x), len(head.weight)
@@ -73,12 +68,12 @@ class Blocks:
         if not any(wanted):
             return loss, lse, Gradients(None, None, None)
         coming = logits.new_ones(()) if by_loss is None else by_loss.float()
-        by_probability = coming * (s * (hard + mass) + (2 * z * lse if options.z_loss else 0.0)) / self.factor
+        by_probability = coming * (s * (hard + mass) + (2 * z * lse if options.z_loss else 0.0)) / self.products.factor
         if by_lse is not None:
-            by_probability = by_probability + by_lse.float() / self.factor
+            by_probability = by_probability + by_lse.float() / self.products.factor
         by_exponential = by_probability / total
         shift = torch.where(maximum == -torch.inf, 0, maximum)
-        by_share = (coming * s / self.factor).expand(rows).contiguous()
+        by_share = (coming * s / self.products.factor).expand(rows).contiguous()
         by = (hard, shift, by_exponential, by_share)
         gradients = self._gradients(head, logits, block, wanted, options, by)
         return loss, lse, gradients._replace(x=None if gradients.x is None else gradients.x.to(x_dtype))
@@ -88,24 +83,29 @@ class Blocks:
             at = slice(start, min(start + block, len(head.weight)))
             part = buffer[:, : at.stop - at.start]
             bias = None if head.bias is None else head.bias[at]
-            Half(head.weight[at], self.dtype).logits(head.x, bias, part)
+            self.products.of_classes(at).logits(head.x, bias, part)
             yield at, part
 
     def _gradients(
         self, head: Head, logits: Tensor, block: int, wanted: Wanted, options: Options, by: tuple[Tensor, ...]
     ) -> Gradients:
-        gradient = matrix(len(head.x), block, self.dtype, head.x.device)
+        gradient = matrix(len(head.x), block, self.products.gradient_dtype or torch.float32, head.x.device)
         by_x = torch.empty(head.x.shape, device=head.x.device) if wanted.x else None
         by_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None
         by_bias = torch.empty_like(head.bias) if wanted.bias and head.bias is not None else None
         for at, part in self._logits(head, logits, block):
             g = gradient[:, : at.stop - at.start]
             _write_block(part, head.target, head.class_weight, at.start, len(head.weight), options, g, *by)
-            products = Half(head.weight[at], self.dtype, self.factor)
+            products = self.products.of_classes(at)
             if by_x is not None:
                 products.add_of_x(by_x, g, first=at.start == 0)
             if by_weight is not None:
-                products.add_of_weight(by_weight[at], g, head.x, first=True)
+                out = by_weight[at]
+                if products.out_dtype(out.dtype) != out.dtype:
+                    out = torch.empty(out.shape, device=out.device)
+                products.add_of_weight(out, g, head.x, first=True)
+                if out.dtype != by_weight.dtype:
+                    by_weight[at] = out
             if by_bias is not None:
                 by_bias[at] = products.of_bias(g).to(by_bias.dtype)
         return Gradients(by_x, by_weight, by_bias)

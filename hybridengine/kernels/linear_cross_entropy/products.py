@@ -1,19 +1,20 @@
 """The three products of matrices around a chunk of logits, all summed in float32 (float64 for float64).
 
 `Wide` multiplies wide numbers; half-precision tensors are widened first, the head block by block: products of bfloat16
-numbers are exact in float32. `Half` leaves the multiplication of half-precision numbers to a GPU's tensor cores, which
-sum in float32; the gradient of the logits is rounded for them.
+numbers are exact in float32. `Narrow` leaves half-precision numbers to a GPU's tensor cores, which sum in float32; the
+gradient of the logits is rounded for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Half", "Products", "Wide"]
+__all__ = ["Narrow", "Products", "Wide"]
 
 
 class Products(Protocol):
@@ -23,17 +24,30 @@ class Products(Protocol):
     def gradient_dtype(self) -> torch.dtype | None:
         """What the gradient of the logits is multiplied in; None: as the logits are, in their place."""
 
+    def of_classes(self, at: slice) -> Products:
+        """The same for a block of classes."""
+
     def rows(self, x: Tensor) -> Tensor:
         """The rows of a chunk as they are multiplied."""
 
     def logits(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Write `x W^T + bias` [B, V], wide, into `out`."""
 
-    def of_x(self, gradient: Tensor) -> Tensor:
-        """`gradient W` [B, H], wide or rounded once."""
+    @property
+    def factor(self) -> float:
+        """What multiplies the three gradients, so that the gradient of the logits comes without it."""
+
+    def of_x(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """`gradient W` [B, H], wide or in `dtype`, rounded once."""
+
+    def add_of_x(self, total: Tensor, gradient: Tensor, first: bool) -> None:
+        """Add `gradient W` to `total` [B, H], wide; or write it, if it is the first."""
 
     def add_of_weight(self, total: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
-        """Add `gradient^T x` to `total` [V, H]; or write it, if it is the first."""
+        """Add `gradient^T x` to `total` [V, H], wide; or write it, if it is the first."""
+
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return in what the only product of a result in `dtype` can be written."""
 
     def of_bias(self, gradient: Tensor) -> Tensor:
         """The sum of the rows of `gradient`, wide."""
@@ -46,9 +60,14 @@ class Wide:
     _BLOCK = 4096
 
     gradient_dtype = None
+    factor = 1.0
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.dtype = weight, dtype
+
+    def of_classes(self, at: slice) -> Wide:
+        """Of a part of the head."""
+        return Wide(self.weight[at], self.dtype)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x`, widened."""
@@ -61,14 +80,20 @@ class Wide:
         if bias is not None:
             out += bias
 
-    def of_x(self, gradient: Tensor) -> Tensor:
-        """The sum over the blocks."""
-        total: Tensor | None = None
-        for at, block in self._blocks():
-            part = gradient[:, at]
-            total = part @ block if total is None else torch.addmm(total, part, block, out=total)
-        assert total is not None
+    def of_x(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over the blocks, wide."""
+        total = gradient.new_empty(len(gradient), self.weight.shape[1])
+        self.add_of_x(total, gradient, first=True)
         return total
+
+    def add_of_x(self, total: Tensor, gradient: Tensor, first: bool) -> None:
+        """Block by block."""
+        for number, (at, block) in enumerate(self._blocks()):
+            torch.addmm(total, gradient[:, at], block, beta=0 if first and number == 0 else 1, out=total)
+
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Wide."""
+        return self.dtype
 
     def add_of_weight(self, total: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
         """In place."""
@@ -88,7 +113,7 @@ class Wide:
             yield at, self.weight[at].to(self.dtype)
 
 
-class Half:
+class Narrow:
     """Products of half-precision numbers on a GPU.
 
     The gradient of the logits comes without the factor 1/N of a mean, which multiplies the sums: rounded, p - 1 of a
@@ -100,11 +125,20 @@ class Half:
 
         Args:
             weight: the head.
-            dtype: bfloat16 or float16, in which everything is multiplied.
+            dtype: in which everything is multiplied, bfloat16 or float16.
             factor: what multiplies the three gradients.
         """
-        self.weight, self.factor = weight.to(dtype), factor
-        self.gradient_dtype = dtype
+        self.factor, self.gradient_dtype = factor, dtype
+        self._given = weight
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The head in half precision."""
+        return self._given.to(self.gradient_dtype)
+
+    def of_classes(self, at: slice) -> Narrow:
+        """Of a part of the head."""
+        return Narrow(self._given[at], self.gradient_dtype, self.factor)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` in half precision."""
@@ -116,23 +150,27 @@ class Half:
         if bias is not None:
             out += bias
 
-    def of_x(self, gradient: Tensor) -> Tensor:
+    def of_x(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """In one product, rounded by it."""
-        out = gradient.new_empty(len(gradient), self.weight.shape[1])
+        out = gradient.new_empty(len(gradient), self.weight.shape[1], dtype=self.out_dtype(dtype))
         self.add_of_x(out, gradient, first=True)
         return out
 
     def add_of_x(self, total: Tensor, gradient: Tensor, first: bool) -> None:
-        """Add `gradient W` to `total` [B, H]; or write it, if it is the first."""
+        """In one product."""
         self._add(total, gradient, self.weight, first=first, factor=self.factor)
 
     def add_of_weight(self, total: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
-        """In place; `total` is float32, or of the products' dtype where this is all of it."""
+        """In place; `total` is float32, or as `out_dtype` says where this is all of it."""
         self._add(total, gradient.t(), x, first=first, factor=self.factor)
 
     def of_bias(self, gradient: Tensor) -> Tensor:
         """In one sum."""
         return gradient.sum(0, dtype=torch.float32) * self.factor
+
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return in what a product for a result in `dtype` is written: a GPU writes its own dtype or float32."""
+        return dtype if dtype == self.gradient_dtype else torch.float32
 
     @staticmethod
     def _add(out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from hybridengine.kernels.cross_entropy.options import is_soft
@@ -22,10 +23,14 @@ class Head(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What exists at a time: `chunk_rows` rows of all logits, or all rows of `block_classes` classes where not 0."""
+    """How it is computed: `chunk_rows` rows of all logits at a time, or all rows of `block_classes` classes if not 0.
+
+    `dtype` is what a GPU multiplies in. It is settled before the operators, which see no autocast.
+    """
 
     chunk_rows: int
     block_classes: int
+    dtype: torch.dtype
 
 
 class Wanted(NamedTuple):

@@ -5,7 +5,7 @@ stays in registers (`_whole`). Large ones that are many are each read by one pro
 thing to be known (`_looped`): the second read mostly finds them in the cache. Large ones that are few, or spread over
 several sites, are cut into chunks for programs of their own: each writes what it measures of its gradient
 (`_measure_gradient`) and of the moved delta (`_measure_moved`), and `_write` combines that in a fixed order. No number
-goes to the host, and a result depends on nothing outside its group.
+goes to the host. A result depends on nothing outside its group, but for its rounding on which of these ways it goes.
 """
 
 # Triton's functions are typed by what they are called with.
