@@ -160,6 +160,9 @@ def assert_close_to_float64(case: Case, impl: str, function: Any = kernels.kl_pa
     incoming = 2.0 / case.options["temperature"]
     for got, of_torch, true in ((ours.by_a, usual.by_a, exact.by_a), (ours.by_b, usual.by_b, exact.by_b)):
         slack = relative * (size(true) + incoming * difference) + narrow_eps * size(true) + incoming * inexact
+        # The gradient for 1 and its product with what comes in are each rounded by half a unit; the interpreter, which
+        # truncates to bfloat16, is off by a whole one in the first.
+        slack += narrow_eps / 2 * size(true) if INTERPRETED and case.a.dtype == torch.bfloat16 else 0.0
         # Half-precision gradients end in subnormal numbers.
         slack += float(torch.finfo(case.a.dtype).smallest_normal) * narrow_eps
         assert error(got, true) <= 2 * error(of_torch, true) + slack
