@@ -98,7 +98,7 @@ class RowProblem:
             checked: whether every label is known to be a class or ignored.
         """
         self.forward, self.backward = _LAUNCHES[impl]
-        self.target = target.float().contiguous() if is_soft(target) else target.contiguous()
+        self.target = _as_read(target)
         self.weight = None if weight is None else weight.float().contiguous()
         self.options, self.by, self.checked = options, by, checked
         # The one number that the host must know: only smoothing together with class weights makes it wait.
@@ -108,7 +108,7 @@ class RowProblem:
     def of_rows(self, target: Tensor, by: Tensor) -> RowProblem:
         """The same problem for other rows: their targets and factors."""
         other = copy(self)
-        other.target = target.float().contiguous() if is_soft(target) else target.contiguous()
+        other.target = _as_read(target)
         other.by = by
         return other
 
@@ -133,6 +133,10 @@ class RowProblem:
         """Fill `gradient` for what comes in; `lse` is read."""
         coming = None if by_lse is None else by_lse.float().contiguous()
         self.backward(logits, self.target, *self.shared, lse, by_loss.float(), coming, gradient)
+
+
+def _as_read(target: Tensor) -> Tensor:
+    return target.float().contiguous() if is_soft(target) else target.contiguous()
 
 
 def times_rows(by: Tensor, coming: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from hybridengine.kernels.cross_entropy.options import is_soft
 from hybridengine.kernels.cross_entropy.triton_row import LABELS, SMOOTHED, SOFT
 from hybridengine.kernels.cross_entropy.triton_rows import backward_rows, forward_rows
 
-__all__ = ["backward", "forward", "launch_options"]
+__all__ = ["backward", "constants", "forward", "launch_options", "target_kind"]
 
 _SMALLEST_BLOCK = 16
 # Measured on an H100 from 30,522 to 128,256 classes: 8 columns a thread, read 16 bytes at a time, in as many warps as a
@@ -45,23 +45,18 @@ def _guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _constants(
-    classes: int, weight_sum: float, smoothing: float, scale: float, softcap: float, z_loss: float
-) -> dict[str, float]:
-    """Return what every row shares."""
-    uniform = smoothing / classes
+def constants(classes: int, smoothing: float, scale: float, softcap: float) -> dict[str, float]:
+    """Return what the formula of a row takes beside its tensors."""
     return {
         "kept": 1.0 - smoothing,
-        "uniform": uniform,
-        "dense_mass": uniform * weight_sum,
+        "uniform": smoothing / classes,
         "scale": float(scale),
         "inner": scale / softcap if softcap > 0 else 0.0,
         "softcap": float(softcap),
-        "z_loss": float(z_loss),
     }
 
 
-def _target_kind(target: Tensor, smoothing: float) -> int:
+def target_kind(target: Tensor, smoothing: float) -> int:
     kind: int = (SOFT if is_soft(target) else SMOOTHED if smoothing else LABELS).value
     return kind
 
@@ -91,6 +86,7 @@ def forward(
     check_values(rows, loss, lse)
     if rows == 0 or classes == 0:
         return
+    kind = target_kind(target, smoothing)
     with _guard(logits.device):
         forward_rows[(rows,)](
             logits,
@@ -107,14 +103,16 @@ def forward(
             flag,
             ignore_index,
             classes,
-            **_constants(classes, weight_sum, smoothing, scale, softcap, z_loss),
-            TARGET=_target_kind(target, smoothing),
+            **constants(classes, smoothing, scale, softcap),
+            dense_mass=smoothing / classes * weight_sum,
+            z_loss=float(z_loss),
+            TARGET=kind,
             WEIGHTED=weight is not None,
             CAPPED=softcap > 0,
             Z=z_loss != 0,
             GRADIENT=gradient is not None,
             FLAGGED=flag is not None,
-            **launch_options(classes, _target_kind(target, smoothing)),
+            **launch_options(classes, kind),
         )
 
 
@@ -143,6 +141,7 @@ def backward(
     check_values(rows, lse, grad_lse)
     if rows == 0 or classes == 0:
         return
+    kind = target_kind(target, smoothing)
     with _guard(logits.device):
         backward_rows[(rows,)](
             logits,
@@ -160,11 +159,13 @@ def backward(
             gradient.stride(0),
             ignore_index,
             classes,
-            **_constants(classes, weight_sum, smoothing, scale, softcap, z_loss),
-            TARGET=_target_kind(target, smoothing),
+            **constants(classes, smoothing, scale, softcap),
+            dense_mass=smoothing / classes * weight_sum,
+            z_loss=float(z_loss),
+            TARGET=kind,
             WEIGHTED=weight is not None,
             CAPPED=softcap > 0,
             Z=z_loss != 0,
             LSE_GRADIENT=grad_lse is not None,
-            **launch_options(classes, _target_kind(target, smoothing)),
+            **launch_options(classes, kind),
         )

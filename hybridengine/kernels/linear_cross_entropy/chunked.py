@@ -1,8 +1,9 @@
 """Loss and gradients from a few rows of logits at a time, in one pass over the rows.
 
-Each chunk is multiplied by the head, turned into its own gradient in place, and multiplied back, so that the logits of
-all rows never exist. Sums over chunks, above all the head's gradient, are kept in float32 (float64 for float64) and
-rounded once at the end: the result depends on the number of rows in a chunk only through the order of those sums.
+Each chunk is multiplied by the head, turned into its own gradient and multiplied back, so that the logits of all rows
+never exist (on a GPU their gradient may, in half precision). Sums over chunks, above all the head's gradient, are kept
+in float32 (float64 for float64) and rounded once at the end: the result depends on the number of rows in a chunk only
+through the order of those sums.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def rows_per_chunk(rows: int, hidden: int, classes: int, device: torch.device, d
     """Return the number of rows in a chunk.
 
     Args:
-        rows: that count.
+        rows: of the problem.
         hidden: columns of the head.
         classes: of the head.
         device: of the tensors.

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
-from hybridengine.kernels.cross_entropy.triton_kernel import launch_options
-from hybridengine.kernels.cross_entropy.triton_row import LABELS, SMOOTHED, SOFT, bend, sum_row, write_gradient
+from hybridengine.kernels.cross_entropy.triton_kernel import constants, launch_options, target_kind
+from hybridengine.kernels.cross_entropy.triton_row import SOFT, bend, sum_row, write_gradient
 
 __all__ = ["sum_block", "write_block"]
 
@@ -69,28 +69,11 @@ def _write_rows(
 def _shared(target: Tensor, weight: Tensor | None, first: int, classes: int, all_classes: int, options: Options) -> Any:
     """Return what both kernels are told of targets and options: of soft targets and weights the block's own part."""
     smoothing, softcap = options.label_smoothing, options.softcap
-    soft = is_soft(target)
-    numbers = {
-        "kept": 1.0 - smoothing,
-        "uniform": smoothing / all_classes,
-        "scale": float(options.scale),
-        "inner": options.scale / softcap if softcap > 0 else 0.0,
-        "softcap": float(softcap),
-    }
-    kind = (SOFT if soft else SMOOTHED if smoothing else LABELS).value
-    choices = {
-        "TARGET": kind,
-        "WEIGHTED": weight is not None,
-        "CAPPED": softcap > 0,
-    }
-    at = slice(first, first + classes)
-    rows = target[:, at] if soft else target
-    return (
-        rows,
-        rows.stride(0),
-        None if weight is None else weight[at],
-        numbers | choices | launch_options(classes, kind),
-    )
+    kind, at = target_kind(target, smoothing), slice(first, first + classes)
+    rows = target[:, at] if is_soft(target) else target
+    chosen = constants(all_classes, smoothing, options.scale, softcap) | launch_options(classes, kind)
+    chosen |= {"TARGET": kind, "WEIGHTED": weight is not None, "CAPPED": softcap > 0}
+    return rows, rows.stride(0), None if weight is None else weight[at], chosen
 
 
 def sum_block(

@@ -197,31 +197,28 @@ def launch(
     results = [torch.empty_like(one) for one in inputs[0]]
     sites = [site for site in zip(*inputs, results, strict=True) if site[0].numel()]
     with torch.cuda.device_of(results[0]):
-        if len(sites) == 1 and sites[0][0][0].numel() <= CHUNK:
-            _launch_whole(sites[0], step_size, epsilon, linf)
-        elif len(sites) == 1 and len(sites[0][0]) >= FEWEST_GROUPS and sites[0][0][0].numel() < 2**31 - CHUNK:
-            _launch_looped(sites[0], step_size, epsilon, linf)
+        if len(sites) == 1 and _has_groups_of_their_own(sites[0][0]):
+            _launch_groups(sites[0], step_size, epsilon, linf)
         elif sites:
             _launch_chunks(sites, step_size, epsilon, linf)
     return results
 
 
-def _launch_whole(site: tuple[Tensor, ...], step_size: float, epsilon: float | None, linf: bool) -> None:
-    groups, length, width = site[0].shape
-    block = triton.next_power_of_2(length * width)
-    kernel: Any = _whole
-    kernel[(groups,)](
-        *site, length, step_size, epsilon or 0.0,
-        WIDTH=width, LINF=linf, PROJECT=epsilon is not None, BLOCK=block, num_warps=4 if block <= 1024 else 8,
-    )  # fmt: skip
+def _has_groups_of_their_own(delta: Tensor) -> bool:
+    """Whether a program takes a whole group: it is small, or there are programs enough; places are of 32 bits."""
+    size = delta[0].numel()
+    return size <= CHUNK or (len(delta) >= FEWEST_GROUPS and size < 2**31 - CHUNK)
 
 
-def _launch_looped(site: tuple[Tensor, ...], step_size: float, epsilon: float | None, linf: bool) -> None:
+def _launch_groups(site: tuple[Tensor, ...], step_size: float, epsilon: float | None, linf: bool) -> None:
+    """A program for each group: small ones at once, others in a loop."""
     groups, length, width = site[0].shape
-    kernel: Any = _looped
+    is_small = length * width <= CHUNK
+    block = triton.next_power_of_2(length * width) if is_small else CHUNK
+    kernel: Any = _whole if is_small else _looped
     kernel[(groups,)](
-        *site, length, step_size, epsilon or 0.0,
-        WIDTH=width, LINF=linf, PROJECT=epsilon is not None, BLOCK=CHUNK, num_warps=16,
+        *site, length, step_size, epsilon or 0.0, WIDTH=width, LINF=linf, PROJECT=epsilon is not None, BLOCK=block,
+        num_warps=16 if not is_small else 8 if block > 1024 else 4,
     )  # fmt: skip
 
 
