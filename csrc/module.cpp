@@ -19,6 +19,7 @@
 #include "gelu/gelu.h"
 #include "kl_pair/kl_pair.h"
 #include "keep/keep.h"
+#include "matmul/matmul.h"
 #include "norm/norm.h"
 #include "perturb/perturb.h"
 #include "perturb_weights/perturb_weights.h"
@@ -99,6 +100,18 @@ void call_kl_pair(int element, const Side& first, const Side& second, Address ma
                   double temperature, bool symmetric, int reduction, bool empty_is_zero, Address loss) {
   kl_pair({static_cast<ElementType>(element), side(first), side(second), pointer<const bool>(mask), rows, classes,
            temperature, symmetric, static_cast<Reduction>(reduction), empty_is_zero, pointer<void>(loss)});
+}
+
+// element, values, row stride, column stride
+using Operand = std::tuple<int, Address, int64_t, int64_t>;
+
+void call_matmul(const Operand& first, const Operand& second, int64_t rows, int64_t columns, int64_t depth, Address c,
+                 int64_t c_stride, bool accumulate) {
+  const auto matrix = [](const Operand& one) {
+    const auto& [element, values, row_stride, column_stride] = one;
+    return Matrix{static_cast<ElementType>(element), pointer<const void>(values), row_stride, column_stride};
+  };
+  matmul({matrix(first), matrix(second), rows, columns, depth, pointer<float>(c), c_stride, accumulate});
 }
 
 // element, values, count
@@ -190,6 +203,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("embedding_gradient", &call_embedding_gradient, without_gil);
   module.def("gelu", &call_gelu, without_gil);
   module.def("kl_pair", &call_kl_pair, without_gil);
+  module.def("matmul", &call_matmul, without_gil);
   module.def("total_norm", &call_total_norm, without_gil);
   module.def("perturb_step", &call_perturb_step, without_gil);
   module.def("perturb_start", &call_perturb_start, without_gil);

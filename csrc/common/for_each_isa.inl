@@ -48,7 +48,7 @@ namespace on_avx512 {
 
 // Calls `function` of the namespace that current_isa() names.
 #define HE_DISPATCH(function, ...)                                \
-  (current_isa() == Isa::avx512 ? on_avx512::function(__VA_ARGS__) \
+  (current_isa() >= Isa::avx512 ? on_avx512::function(__VA_ARGS__) \
    : current_isa() == Isa::avx2 ? on_avx2::function(__VA_ARGS__)   \
                                 : on_baseline::function(__VA_ARGS__))
 

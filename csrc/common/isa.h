@@ -11,9 +11,17 @@
 #define HE_X86_DISPATCH 0
 #endif
 
+// Matrix products in AMX tiles: a system call of Linux lends them to the process.
+#if HE_X86_DISPATCH && defined(__linux__) && __GNUC__ >= 11
+#define HE_HAS_AMX 1
+#else
+#define HE_HAS_AMX 0
+#endif
+
 namespace hybridengine {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+// `amx` is avx512 with matrix products in tiles.
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The instruction set in use: the best that this CPU runs, unless a lower one was set.
 Isa current_isa();

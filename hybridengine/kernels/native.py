@@ -21,6 +21,7 @@ __all__ = [
     "NativeModule",
     "accumulator_dtype",
     "empty",
+    "has_tiles",
     "module",
     "set_isa",
     "why_missing",
@@ -84,6 +85,19 @@ class NativeModule(Protocol):
         reduction: int,
         empty_is_zero: bool,
         loss: int,
+        /,
+    ) -> None: ...
+
+    def matmul(
+        self,
+        a: tuple[int, int, int, int],
+        b: tuple[int, int, int, int],
+        rows: int,
+        columns: int,
+        depth: int,
+        c: int,
+        c_stride: int,
+        accumulate: bool,
         /,
     ) -> None: ...
 
@@ -152,6 +166,7 @@ def _load() -> tuple[NativeModule | None, str | None]:
 
 
 _module, _reason = _load()
+_has_tiles = _module is not None and _module.isa() == "amx"
 _pool_is_on = os.environ.get("HYBRIDENGINE_POOL") != "0"
 
 
@@ -171,17 +186,24 @@ def module() -> NativeModule:
     return _module
 
 
+def has_tiles() -> bool:
+    """Return whether matrices of bfloat16 are multiplied in tiles (AMX)."""
+    return _has_tiles
+
+
 def set_isa(name: str) -> str:
-    """Make the native kernels use `baseline`, `avx2` or `avx512`; return the name used before. For tests.
+    """Make the native kernels use `baseline`, `avx2`, `avx512` or `amx`; return the name used before. For tests.
 
     Raises:
         KernelUnavailable: if this CPU cannot run it.
     """
+    global _has_tiles
     before = module().isa()
     try:
         module().set_isa(name)
     except ValueError as error:
         raise KernelUnavailable(str(error)) from error
+    _has_tiles = name == "amx"
     return before
 
 

@@ -8,6 +8,7 @@ return is tested elsewhere. The pool is off: its buffers are pages of its own, w
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import itertools
@@ -139,6 +140,18 @@ def many_tensors() -> None:
         kernels.ema_update(averages, weights, rate=0.1, impl="cpu")
 
 
+def products() -> None:
+    from hybridengine.kernels import native
+    from hybridengine.kernels.linear_cross_entropy.amx import matmul
+
+    for rows, columns, depth in ((1, 1, 1), (33, 70, 31), (70, 1100, 520), (40, 1030, 1100), (1, 5, 4000)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for a in (torch.randn(rows, depth).to(dtype), torch.randn(depth, rows).to(dtype).t()):
+                for b in (torch.randn(depth, columns).bfloat16(), torch.randn(columns, depth).bfloat16().t()):
+                    with contextlib.nullcontext() if native.has_tiles() else contextlib.suppress(ValueError):
+                        matmul(a, b, torch.zeros(rows, columns), accumulate=rows > 1)
+
+
 def memory() -> None:
     from hybridengine import kernels
     from hybridengine.kernels import native
@@ -160,7 +173,7 @@ def main() -> int:
     torch.manual_seed(0)
     for isa in native.module().supported_isas():
         kernels.set_isa(isa)
-        for exercise in (cross_entropy, elementwise, embedding, perturb, divergence, many_tensors):
+        for exercise in (cross_entropy, elementwise, embedding, perturb, divergence, many_tensors, products):
             exercise()
     memory()
     everything = {name for name in dir(native.module()) if not name.startswith("_")}

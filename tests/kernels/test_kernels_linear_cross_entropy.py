@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +27,17 @@ pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=native.
 ours = partial(kernels.linear_cross_entropy, impl="cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["auto", "low_memory"]
+# bfloat16 is multiplied in tiles or widened.
+ISAS = native.module().supported_isas()[-1 - native.has_tiles() :] if native.why_missing() is None else ["-"]
+
+
+@contextmanager
+def on(isa: str) -> Iterator[None]:
+    before = kernels.set_isa(isa)
+    try:
+        yield
+    finally:
+        kernels.set_isa(before)
 
 
 @dataclass
@@ -89,7 +102,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(tensors, wanted, target, options, use_lse=draw(st.booleans()))
 
 
-def check_on(case: Case, mode: str, chunk_rows: int) -> None:
+def check_on(case: Case, isa: str, mode: str, chunk_rows: int) -> None:
     """Relative errors in norm, not above twice those of the formula in plain float32 (float64), or what rounding costs.
 
     Rounding a gradient to its dtype costs half an eps of each entry; a float32 sum of n terms of one size costs below
@@ -97,7 +110,9 @@ def check_on(case: Case, mode: str, chunk_rows: int) -> None:
     """
     untouched = {name: one.clone() for name, one in case.tensors.items()}
     run = partial(ours, return_lse=True, mode=mode, chunk_rows=chunk_rows)
-    got, exact, plain = case.outcome(run), case.outcome(stated, torch.float64), case.outcome(stated)
+    with on(isa):
+        got = case.outcome(run)
+    exact, plain = case.outcome(stated, torch.float64), case.outcome(stated)
     x, weight = case.tensors["x"], case.tensors["weight"]
     terms = sum(x.shape) + len(weight)
     eps = torch.finfo(wide(x.dtype)).eps
@@ -115,37 +130,39 @@ def check_on(case: Case, mode: str, chunk_rows: int) -> None:
     assert all(torch.equal(one, untouched[name]) for name, one in case.tensors.items())
 
 
-ANY_SPLIT = {"mode": st.sampled_from(MODES), "chunk_rows": st.integers(1, 10)}
+ANY_SPLIT = {"isa": st.sampled_from(ISAS), "mode": st.sampled_from(MODES), "chunk_rows": st.integers(1, 10)}
 
 
 @settings(max_examples=500, deadline=None)
 @given(case=cases(), **ANY_SPLIT)
-def test_not_further_from_float64_than_twice_torch(case: Case, mode: str, chunk_rows: int) -> None:
-    check_on(case, mode, chunk_rows)
+def test_not_further_from_float64_than_twice_torch(case: Case, isa: str, mode: str, chunk_rows: int) -> None:
+    check_on(case, isa, mode, chunk_rows)
 
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None)
 @given(case=cases(), **ANY_SPLIT)
-def test_not_further_from_float64_than_twice_torch_at_length(case: Case, mode: str, chunk_rows: int) -> None:
-    check_on(case, mode, chunk_rows)
+def test_not_further_from_float64_than_twice_torch_at_length(case: Case, isa: str, mode: str, chunk_rows: int) -> None:
+    check_on(case, isa, mode, chunk_rows)
 
 
 def relative(one: Tensor, exact: Tensor) -> float:
     return float((one.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("chunk_rows", [16, 100, 512])
 @pytest.mark.parametrize("spread", [0.05, 0.6])
-def test_half_precision_gradients_are_rounded_once(mode: str, chunk_rows: int, spread: float) -> None:
+def test_half_precision_gradients_are_rounded_once(isa: str, mode: str, chunk_rows: int, spread: float) -> None:
     """Whatever the chunk, the error of bfloat16 gradients is that of writing them down: within 5%."""
     torch.manual_seed(0)
     x, weight = torch.randn(512, 64).bfloat16(), (torch.randn(1500, 64) * spread).bfloat16()
     target = torch.randint(0, 1500, (512,))
     leaves = [one.detach().clone().requires_grad_() for one in (x, weight)]
-    loss = ours(*leaves, target, mode=mode, chunk_rows=chunk_rows)
-    loss.backward()
+    with on(isa):
+        loss = ours(*leaves, target, mode=mode, chunk_rows=chunk_rows)
+        loss.backward()
     exact = [one.detach().double().requires_grad_() for one in (x, weight)]
     right = F.cross_entropy(exact[0] @ exact[1].t(), target)
     right.backward()
@@ -314,14 +331,17 @@ def test_a_second_backward_gives_the_same_gradient_in_another_buffer() -> None:
         torch.testing.assert_close(c, b, rtol=1e-5, atol=1e-7)
 
 
-def test_under_autocast_nothing_is_rounded_on_the_way() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_under_autocast_results_are_not_rounded(isa: str) -> None:
+    """Nor is the head, unless it is multiplied in tiles: those are why autocast was asked for."""
     x, weight = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(20000, 32, requires_grad=True)
     target = torch.arange(64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with on(isa), torch.autocast("cpu", torch.bfloat16):
         loss = kernels.linear_cross_entropy(x, weight, target)
-    loss.backward()
+        loss.backward()
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, F.cross_entropy(x.float() @ weight.t(), target))
+    multiplied = weight.bfloat16().float() if isa == "amx" else weight
+    torch.testing.assert_close(loss, F.cross_entropy(x.float() @ multiplied.t(), target))
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 

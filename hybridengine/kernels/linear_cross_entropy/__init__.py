@@ -158,10 +158,9 @@ def linear_cross_entropy(
         ignore_index, label_smoothing, scale, softcap or 0.0, z_loss, REDUCTIONS[reduction], empty == "zero"
     )
     chosen = OPERATION.choose(impl, head, options)
-    dtype = gpu.product_dtype(head)
-    kept = dtype if x.is_cuda else weight.dtype
+    dtype = (cpu if chosen.name == "cpu" else gpu).product_dtype(head)
     split = Split(
-        chunk_rows or rows_per_chunk(len(head.x), x.shape[-1], len(weight), x.device, kept),
+        chunk_rows or rows_per_chunk(head, dtype),
         classes_per_block(len(head.x), len(weight)) if mode == "low_memory" else 0,
         dtype,
     )

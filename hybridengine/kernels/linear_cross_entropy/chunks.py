@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from hybridengine.kernels.linear_cross_entropy.rows import Head
+
 __all__ = ["rows_of_logits", "rows_per_chunk"]
 
 _MOST_ROWS = 512
@@ -32,25 +34,23 @@ _GPU_LOGITS_BYTES = 512 << 20
 _GPU_STEP = 256  # rows of a tile of a matrix product
 
 
-def rows_per_chunk(rows: int, hidden: int, classes: int, device: torch.device, dtype: torch.dtype) -> int:
+def rows_per_chunk(head: Head, dtype: torch.dtype) -> int:
     """Return the number of rows in a chunk.
 
     Args:
-        rows: of the problem.
-        hidden: columns of the head.
-        classes: of the head.
-        device: of the tensors.
-        dtype: of the products. On a CPU half precision is computed in float32, with blocks of the head beside the
-            logits.
+        head: the tensors.
+        dtype: of the products.
     """
+    rows, (classes, hidden) = len(head.x), head.weight.shape
     classes = max(classes, 1)
-    if device.type != "cpu":
+    if head.x.device.type != "cpu":
         if dtype.itemsize > 2:
             return rows_of_logits(classes)
         wide_sum = 4 * hidden * classes
         chunk = max(_GPU_CHUNK_BYTES, wide_sum)
         return max(rows, 1) if 2 * rows * classes <= chunk + wide_sum else _in_steps(chunk // (2 * classes))
-    most = _MOST_ROWS // 2 if dtype.itemsize == 2 else _MOST_ROWS
+    widened = head.weight.dtype.itemsize < dtype.itemsize  # block by block, beside the logits
+    most = _MOST_ROWS // 2 if widened else _MOST_ROWS
     part = -(-rows // _LARGEST_PART)
     return max(min(most, _MOST_BYTES // (4 * classes), max(part, _FEWEST_ROWS)), 1)
 

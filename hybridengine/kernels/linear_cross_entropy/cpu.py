@@ -1,4 +1,7 @@
-"""Linear cross-entropy on the CPU: torch's matrix products around the native row kernel of `cross_entropy`."""
+"""Linear cross-entropy on the CPU: matrix products around the native row kernel of `cross_entropy`.
+
+The products are torch's, of float32 numbers, or those of the native library where the CPU multiplies bfloat16 in tiles.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ from hybridengine.kernels.cross_entropy.cpu import Factors, check_labels, launch
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
+from hybridengine.kernels.linear_cross_entropy.amx import Tiles
 from hybridengine.kernels.linear_cross_entropy.autograd import implement, run_operator
-from hybridengine.kernels.linear_cross_entropy.products import Wide
+from hybridengine.kernels.linear_cross_entropy.products import Products, Wide
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted, counted_rows
 from hybridengine.kernels.modes import why_not_transformed
 
-__all__ = ["run", "why_missing", "why_not", "why_slower"]
+__all__ = ["product_dtype", "run", "why_missing", "why_not", "why_slower"]
 
 why_missing = native.why_missing
 run = partial(run_operator, "cpu")
@@ -44,6 +48,14 @@ def why_not(head: Head, options: Options) -> str | None:
     if len(head.weight) == 0:
         return "there are no classes"
     return why_not_transformed(*given)
+
+
+def product_dtype(head: Head) -> torch.dtype:
+    """Return in what a CPU multiplies: bfloat16 where plain torch would and there are tiles, otherwise wide."""
+    dtype = torch.promote_types(head.x.dtype, head.weight.dtype)
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    return dtype if dtype == torch.bfloat16 and native.has_tiles() else native.accumulator_dtype(head.x.dtype)
 
 
 class _Rows:
@@ -93,15 +105,14 @@ def _run(
     index = counted_rows(target, options.ignore_index)
     by_loss, by_lse = (None if one is None else one.to(dtype) for one in (by_loss, by_lse))
     with torch.autocast("cpu", enabled=False):  # its casts would round what is to be exact
+        products: Products = Tiles(head.weight) if split.dtype == torch.bfloat16 else Wide(head.weight, dtype)
         if split.block_classes:
             loss, lse, gradients = blocked.run(
-                head, index, options, split.block_classes, wanted, factors[:2], by_loss, by_lse
+                products, head, index, options, split.block_classes, wanted, factors[:2], by_loss, by_lse
             )
         else:
             rows = _Rows(class_weight, options, factors)
-            loss, lse, gradients = chunked.run(
-                rows, Wide(head.weight, dtype), head, index, split.chunk_rows, wanted, by_loss, by_lse
-            )
+            loss, lse, gradients = chunked.run(rows, products, head, index, split.chunk_rows, wanted, by_loss, by_lse)
     return reduced(loss, options, factors), lse, gradients
 
 

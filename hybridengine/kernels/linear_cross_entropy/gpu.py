@@ -119,10 +119,12 @@ def _run(
     products = _products(head, split.dtype, factor)
     with torch.autocast(head.x.device.type, enabled=False):  # its casts would round what is to be exact
         if split.block_classes:
-            passes = Blocks(products) if triton_runtime.why_missing() is None else None
+            without_triton = triton_runtime.why_missing() is not None
+            passes = None if without_triton else Blocks(products)
+            products = Wide(head.weight, torch.float32) if without_triton else products
             two = by[0], by[1]
             loss, lse, gradients = blocked.run(
-                head, index, options, split.block_classes, wanted, two, by_loss, by_lse, passes
+                products, head, index, options, split.block_classes, wanted, two, by_loss, by_lse, passes
             )
         else:
             rows = _Rows(impl, head, options, by / products.factor)

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/element.h"
+
+namespace hybridengine {
+
+// A matrix whose rows or whose columns are contiguous: one of the strides, in elements, is 1.
+struct Matrix {
+  ElementType element;
+  const void* values;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// C (+)= A B with A [rows, depth] of float32 or bfloat16, B [depth, columns] of bfloat16 and C [rows, columns] of
+// float32. Products of bfloat16 numbers are exact in float32 and are summed in it (subnormal numbers count as 0). A
+// float32 number is multiplied as the sum of two bfloat16 numbers, which have 16 of its 24 bits, or rounded to one, 8
+// bits, if it is smaller than 1/64 of the largest: where few numbers are large that saves nearly half of the work.
+struct Matmul {
+  Matrix a;
+  Matrix b;
+  int64_t rows;
+  int64_t columns;
+  int64_t depth;
+  float* c;
+  int64_t c_stride;  // of its rows, in elements
+  bool accumulate;
+};
+
+// Needs Isa::amx; throws std::invalid_argument where that is not in use.
+void matmul(const Matmul& problem);
+
+}  // namespace hybridengine
