@@ -105,13 +105,15 @@ void call_kl_pair(int element, const Side& first, const Side& second, Address ma
 // element, values, row stride, column stride
 using Operand = std::tuple<int, Address, int64_t, int64_t>;
 
-void call_matmul(const Operand& first, const Operand& second, int64_t rows, int64_t columns, int64_t depth, Address c,
-                 int64_t c_stride, bool accumulate) {
+void call_matmul(const Operand& first, const Operand& second, int64_t rows, int64_t columns, int64_t depth,
+                 const std::tuple<int, Address, int64_t>& result, bool accumulate) {
+  const auto& [c_element, c, c_stride] = result;
   const auto matrix = [](const Operand& one) {
     const auto& [element, values, row_stride, column_stride] = one;
     return Matrix{static_cast<ElementType>(element), pointer<const void>(values), row_stride, column_stride};
   };
-  matmul({matrix(first), matrix(second), rows, columns, depth, pointer<float>(c), c_stride, accumulate});
+  matmul({matrix(first), matrix(second), rows, columns, depth, static_cast<ElementType>(c_element), pointer<void>(c),
+          c_stride, accumulate});
 }
 
 // element, values, count

@@ -40,113 +40,7 @@ constexpr int64_t kPieceBytes = 512 << 10;  // of what a thread packs of one ope
 constexpr int64_t kColumnGroup = 1024;  // of the sums that a thread keeps for itself
 constexpr float kFine = 1.0f / 64;      // of the largest number: what is smaller is rounded
 
-int64_t panels_of(int64_t count) { return (count + kPanel - 1) / kPanel; }
-
-struct Range {
-  int64_t start;
-  int64_t count;
-};
-
-Range block_of(int64_t start, int64_t size, int64_t total) { return {start, std::min(size, total - start)}; }
-
-// One operand as panels. Rows are those of A or the columns of B.
-struct Operand {
-  Matrix matrix;
-  bool is_b;
-  int64_t rows;
-  float fine;  // numbers of this size have two parts
-
-  bool two_parts() const { return matrix.element == ElementType::float32; }
-  int64_t row_stride() const { return is_b ? matrix.column_stride : matrix.row_stride; }
-  int64_t depth_stride() const { return is_b ? matrix.row_stride : matrix.column_stride; }
-
-  // Tiles, then a byte for each step that says which low tiles count.
-  int64_t step_bytes() const { return (two_parts() ? 4 : 2) * kTileBytes; }
-  int64_t panel_bytes(int64_t depth) const {
-    const int64_t steps = panels_of(depth);
-    return steps * step_bytes() + (two_parts() ? (steps + 63) / 64 * 64 : 0);
-  }
-
-  template <class Element>
-  void pack_panel(int64_t row, Range depth, char* panel) const {
-    const bool along_depth = depth_stride() == 1;
-    const auto* const values = static_cast<const Element*>(matrix.values);
-    char* low = panel + panels_of(depth.count) * step_bytes();
-    for (int64_t start = 0; start < depth.count; start += kStep) {
-      int has_low = 0;
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t first = row + half * kTileRows;
-        const TileSource<Element> from{values + first * row_stride() + (depth.start + start) * depth_stride(),
-                                       along_depth ? row_stride() : depth_stride(), along_depth,
-                                       std::min(std::max<int64_t>(rows - first, 0), kTileRows),
-                                       std::min(depth.count - start, kStep), fine};
-        has_low |= pack_tile(from, is_b, panel + half * kTileBytes, panel + (2 + half) * kTileBytes) << half;
-      }
-      if (two_parts()) *low++ = static_cast<char>(has_low);
-      panel += step_bytes();
-    }
-  }
-
-  void pack(Range panels, Range depth, char* block) const {
-    for (int64_t panel = 0; panel < panels.count; ++panel, block += panel_bytes(depth.count)) {
-      const int64_t row = (panels.start + panel) * kPanel;
-      if (two_parts()) {
-        pack_panel<float>(row, depth, block);
-      } else {
-        pack_panel<uint16_t>(row, depth, block);
-      }
-    }
-  }
-};
-
-// Packed panels of an operand.
-struct Block {
-  const char* panels;
-  int64_t panel_bytes;
-  Range range;
-};
-
-struct Target {
-  float* c;
-  int64_t stride;
-  int64_t rows;
-  int64_t columns;
-
-  // A panel of C that is not whole goes through memory of its own.
-  template <bool kTwoParts>
-  void multiply_panel(int64_t row, int64_t column, const char* a, const char* b, int64_t steps, bool accumulate) const {
-    const auto* const low = reinterpret_cast<const uint8_t*>(a + steps * (kTwoParts ? 4 : 2) * kTileBytes);
-    const int64_t height = std::min(rows - row, kPanel), width = std::min(columns - column, kPanel);
-    float* const corner = c + row * stride + column;
-    if (height == kPanel && width == kPanel) {
-      multiply_panels<kTwoParts>(a, low, b, steps, corner, stride * sizeof(float), accumulate);
-      return;
-    }
-    alignas(64) float whole[kPanel * kPanel] = {};
-    for (int64_t i = 0; accumulate && i < height; ++i) {
-      std::memcpy(whole + i * kPanel, corner + i * stride, width * sizeof(float));
-    }
-    multiply_panels<kTwoParts>(a, low, b, steps, whole, kPanel * sizeof(float), accumulate);
-    for (int64_t i = 0; i < height; ++i) {
-      std::memcpy(corner + i * stride, whole + i * kPanel, width * sizeof(float));
-    }
-  }
-
-  // Neighbouring columns are written one after the other.
-  template <bool kTwoParts>
-  void multiply(const Block& a, const Block& b, int64_t steps, bool accumulate) const {
-    for (int64_t i = 0; i < a.range.count; ++i) {
-      for (int64_t j = 0; j < b.range.count; ++j) {
-        multiply_panel<kTwoParts>((a.range.start + i) * kPanel, (b.range.start + j) * kPanel,
-                                  a.panels + i * a.panel_bytes, b.panels + j * b.panel_bytes, steps, accumulate);
-      }
-    }
-  }
-
-  void multiply(const Block& a, const Block& b, int64_t steps, bool two_parts, bool accumulate) const {
-    two_parts ? multiply<true>(a, b, steps, accumulate) : multiply<false>(a, b, steps, accumulate);
-  }
-};
+#include "matmul/panels.inl"
 
 // The tiles of this thread, while it lives.
 struct TilesInUse {
@@ -167,22 +61,26 @@ void multiply_by_pieces(const Matmul& problem, const Operand& whole, const Opera
       whole.pack({panel, 1}, depth, memory + at / whole_panels * block_bytes + panel * whole.panel_bytes(depth.count));
     }
   });
-  const Target target{problem.c, problem.c_stride, problem.rows, problem.columns};
   const int64_t piece = kPieceBytes / other.panel_bytes(kDepthBlock);
   parallel_for(panels_of(other.rows), piece, [&](int64_t begin, int64_t end) {
     const Buffer scratch(piece * other.panel_bytes(kDepthBlock));
+    const Sums sums(problem, other.is_b ? problem.rows : piece * kPanel, other.is_b ? piece * kPanel : problem.columns);
     const TilesInUse tiles;
     for (int64_t first = begin; first < end; first += piece) {
       const Range panels = block_of(first, piece, end);
+      const Range some = block_of(first * kPanel, panels.count * kPanel, other.rows), all{0, whole.rows};
+      const Range rows = other.is_b ? all : some, columns = other.is_b ? some : all;
+      const Target target = sums.target(rows, columns);
       for (int64_t block = 0; block < blocks; ++block) {
         const Range depth = block_of(block * kDepthBlock, kDepthBlock, problem.depth);
         other.pack(panels, depth, static_cast<char*>(scratch.data()));
-        const Block mine{static_cast<char*>(scratch.data()), other.panel_bytes(depth.count), panels};
-        const Block shared{memory + block * block_bytes, whole.panel_bytes(depth.count), {0, whole_panels}};
+        const Block mine{static_cast<char*>(scratch.data()), other.panel_bytes(depth.count), panels.count};
+        const Block shared{memory + block * block_bytes, whole.panel_bytes(depth.count), whole_panels};
         const bool two_parts = whole.two_parts() || other.two_parts();
         target.multiply(other.is_b ? shared : mine, other.is_b ? mine : shared, panels_of(depth.count), two_parts,
                         problem.accumulate || block > 0);
       }
+      sums.write(rows, columns);
     }
   });
 }
@@ -196,14 +94,17 @@ struct Partial {
 
 void add_partials(const Matmul& problem, const std::vector<Partial>& partials) {
   parallel_for(problem.rows, 1, [&](int64_t begin, int64_t end) {
+    const Sums sums(problem, 1, problem.columns);
     for (int64_t row = begin; row < end; ++row) {
+      const Range one_row{row, 1}, all{0, problem.columns};
+      float* const c = sums.target(one_row, all).c;
       for (const Partial& one : partials) {
         const Range columns = block_of(one.group * kColumnGroup, kColumnGroup, problem.columns);
-        const float* const sums = static_cast<const float*>(one.sums->data()) + row * columns.count;
-        float* const c = problem.c + row * problem.c_stride + columns.start;
+        const float* const part = static_cast<const float*>(one.sums->data()) + row * columns.count;
         const bool add = problem.accumulate || one.first > 0;
-        for (int64_t i = 0; i < columns.count; ++i) c[i] = add ? c[i] + sums[i] : sums[i];
+        for (int64_t i = 0; i < columns.count; ++i) c[columns.start + i] = (add ? c[columns.start + i] : 0.0f) + part[i];
       }
+      sums.write(one_row, all);
     }
   });
 }
@@ -233,8 +134,8 @@ void multiply_by_depth(const Matmul& problem, const Operand& a, const Operand& b
       const Range depth = block_of(block * kDepthBlock, kDepthBlock, problem.depth);
       a.pack(all_rows, depth, static_cast<char*>(a_packed.data()));
       b.pack({columns.start / kPanel, panels_of(columns.count)}, depth, static_cast<char*>(b_packed.data()));
-      target.multiply({static_cast<char*>(a_packed.data()), a.panel_bytes(depth.count), all_rows},
-                      {static_cast<char*>(b_packed.data()), b.panel_bytes(depth.count), {0, panels_of(columns.count)}},
+      target.multiply({static_cast<char*>(a_packed.data()), a.panel_bytes(depth.count), all_rows.count},
+                      {static_cast<char*>(b_packed.data()), b.panel_bytes(depth.count), panels_of(columns.count)},
                       panels_of(depth.count), a.two_parts(), !starts);
     }
   });
@@ -259,8 +160,9 @@ float largest_of(const Matrix& matrix, int64_t rows, int64_t columns) {
 }
 
 void zero(const Matmul& problem) {
+  const size_t size = problem.c_element == ElementType::float32 ? sizeof(float) : sizeof(uint16_t);
   for (int64_t row = 0; row < problem.rows && !problem.accumulate; ++row) {
-    std::fill_n(problem.c + row * problem.c_stride, problem.columns, 0.0f);
+    std::memset(static_cast<char*>(problem.c) + row * problem.c_stride * size, 0, problem.columns * size);
   }
 }
 
@@ -268,6 +170,9 @@ void zero(const Matmul& problem) {
 
 void matmul(const Matmul& problem) {
   if (current_isa() != Isa::amx) throw std::invalid_argument("matmul needs a CPU with AMX");
+  if (problem.accumulate && problem.c_element != ElementType::float32) {
+    throw std::invalid_argument("matmul adds to float32 only");
+  }
   if (problem.rows == 0 || problem.columns == 0) return;
   if (problem.depth == 0) return zero(problem);
   const bool two_parts = problem.a.element == ElementType::float32;

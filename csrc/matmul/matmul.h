@@ -15,7 +15,7 @@ struct Matrix {
 };
 
 // C (+)= A B with A [rows, depth] of float32 or bfloat16, B [depth, columns] of bfloat16 and C [rows, columns] of
-// float32. Products of bfloat16 numbers are exact in float32 and are summed in it (subnormal numbers count as 0). A
+// float32, or of bfloat16 where nothing is added to it: the sums are then rounded once. Products of bfloat16 numbers are exact in float32 and are summed in it (subnormal numbers count as 0). A
 // float32 number is multiplied as the sum of two bfloat16 numbers, which have 16 of its 24 bits, or rounded to one, 8
 // bits, if it is smaller than 1/64 of the largest: where few numbers are large that saves nearly half of the work.
 struct Matmul {
@@ -24,7 +24,8 @@ struct Matmul {
   int64_t rows;
   int64_t columns;
   int64_t depth;
-  float* c;
+  ElementType c_element;
+  void* c;
   int64_t c_stride;  // of its rows, in elements
   bool accumulate;
 };

@@ -161,6 +161,14 @@ static bool pack_tile(const TileSource<Element>& from, bool by_pair, char* high_
   return has_low;
 }
 
+static void round_to(uint16_t* to, const float* values, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first_lanes(count - i);
+    const __m512 wide = _mm512_maskz_loadu_ps(mask, values + i);
+    _mm256_mask_storeu_epi16(to + i, mask, (__m256i)_mm512_cvtneps_pbh(wide));
+  }
+}
+
 // The largest magnitude; NaN counts as nothing.
 static float largest_of(const float* values, int64_t count) {
   __m512 largest = _mm512_setzero_ps();

@@ -95,8 +95,7 @@ class NativeModule(Protocol):
         rows: int,
         columns: int,
         depth: int,
-        c: int,
-        c_stride: int,
+        c: tuple[int, int, int],
         accumulate: bool,
         /,
     ) -> None: ...

@@ -150,6 +150,7 @@ def products() -> None:
                 for b in (torch.randn(depth, columns).bfloat16(), torch.randn(columns, depth).bfloat16().t()):
                     with contextlib.nullcontext() if native.has_tiles() else contextlib.suppress(ValueError):
                         matmul(a, b, torch.zeros(rows, columns), accumulate=rows > 1)
+                        matmul(a, b, torch.zeros(rows, columns).bfloat16())
 
 
 def memory() -> None:

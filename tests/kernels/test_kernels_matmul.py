@@ -60,11 +60,15 @@ def check(a: Tensor, b: Tensor, c: Tensor, accumulate: bool) -> None:
     start = c.clone() if accumulate else torch.zeros_like(c)
     exact = a.double() @ b.double() + start.double()
     before = a.clone(), b.clone()
+    if not accumulate:
+        rounded = torch.empty(c.shape, dtype=torch.bfloat16)
+        matmul(a, b, rounded)
     surrounding = c._base
     outside = None if surrounding is None else surrounding[:, c.shape[1] :].clone()
     matmul(a, b, c, accumulate=accumulate)
     off = (c.double() - exact).abs()
     assert bool((off <= bound(a, b, start)).all())
+    assert accumulate or torch.equal(rounded, c.bfloat16())
     assert torch.equal(a, before[0]) and torch.equal(b, before[1])
     assert outside is None or (surrounding is not None and torch.equal(outside, surrounding[:, c.shape[1] :]))
 
@@ -124,8 +128,14 @@ def test_nothing(shape: tuple[int, int, int]) -> None:
     c = torch.ones(rows, columns)
     matmul(torch.ones(rows, depth), torch.ones(depth, columns).bfloat16(), c, accumulate=True)
     assert bool((c == 1).all())
-    matmul(torch.ones(rows, depth), torch.ones(depth, columns).bfloat16(), c)
-    assert bool((c == 0).all())
+    for made in (c, c.bfloat16()):
+        matmul(torch.ones(rows, depth), torch.ones(depth, columns).bfloat16(), made)
+        assert bool((made == 0).all())
+
+
+def test_adds_to_float32_only() -> None:
+    with pytest.raises(ValueError, match="adds to float32 only"):
+        matmul(torch.ones(2, 2), torch.ones(2, 2).bfloat16(), torch.zeros(2, 2).bfloat16(), accumulate=True)
 
 
 def test_refused_without_tiles() -> None:

@@ -23,14 +23,15 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> No
     Args:
         a: [M, K], float32 or bfloat16; of a float32 number 16 bits count.
         b: [K, N], bfloat16.
-        out: [M, N], float32, rows contiguous.
-        accumulate: add.
+        out: [M, N], rows contiguous, float32, or bfloat16, rounded once.
+        accumulate: add, to float32.
 
     Raises:
         ValueError: where the CPU has no AMX, or it is not in use (`HYBRIDENGINE_ISA`).
     """
     rows, depth = a.shape
-    native.module().matmul(_operand(a), _operand(b), rows, b.shape[1], depth, out.data_ptr(), out.stride(0), accumulate)
+    result = native.ELEMENT_TYPES[out.dtype], out.data_ptr(), out.stride(0)
+    native.module().matmul(_operand(a), _operand(b), rows, b.shape[1], depth, result, accumulate)
 
 
 def _operand(matrix: Tensor) -> tuple[int, int, int, int]:
@@ -70,8 +71,8 @@ class Tiles:
             out += bias
 
     def of_x(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """In one product, wide."""
-        total = gradient.new_empty(len(gradient), self.weight.shape[1])
+        """In one product, rounded by it."""
+        total = gradient.new_empty(len(gradient), self.weight.shape[1], dtype=self.out_dtype(dtype))
         self.add_of_x(total, gradient, first=True)
         return total
 
@@ -84,8 +85,8 @@ class Tiles:
         matmul(gradient.t(), x, total, accumulate=not first)
 
     def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Wide."""
-        return torch.float32
+        """Return in what a product for a result in `dtype` is written."""
+        return dtype if dtype == torch.bfloat16 else torch.float32
 
     def of_bias(self, gradient: Tensor) -> Tensor:
         """In one sum."""

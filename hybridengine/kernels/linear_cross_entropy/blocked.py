@@ -24,7 +24,7 @@ from hybridengine.kernels.linear_cross_entropy.products import Products
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
 from hybridengine.kernels.native import accumulator_dtype
 
-__all__ = ["classes_per_block", "run"]
+__all__ = ["classes_per_block", "run", "write_of_weight"]
 
 Passes = Callable[..., tuple[Tensor, Tensor, Gradients]]
 
@@ -133,6 +133,15 @@ class _Logits:
             yield at, products, logits
 
 
+def write_of_weight(products: Products, out: Tensor, gradient: Tensor, x: Tensor) -> None:
+    """Write a block of the head's gradient, `gradient^T x`, into `out`, rounded once."""
+    written = products.out_dtype(out.dtype)
+    wide = out if written == out.dtype else torch.empty(out.shape, dtype=written, device=out.device)
+    products.add_of_weight(wide, gradient, x, first=True)
+    if wide is not out:
+        out.copy_(wide)
+
+
 def _targets(head: Head, options: Options, at: slice, dtype: torch.dtype) -> Tensor:
     """The targets q of a block of classes, [N, block]."""
     classes = len(head.weight)
@@ -176,9 +185,7 @@ def _second_pass(
         if by_x is not None:
             products.add_of_x(by_x, g, first=False)
         if by_weight is not None:
-            wide = torch.empty(by_weight[at].shape, dtype=dtype, device=device)
-            products.add_of_weight(wide, g, blocks.x, first=True)
-            by_weight[at] = wide
+            write_of_weight(products, by_weight[at], g, blocks.x)
         if by_bias is not None:
             by_bias[at] = g.sum(0).to(by_bias.dtype)
     return Gradients(None if by_x is None else by_x.to(head.x.dtype), by_weight, by_bias)

@@ -8,11 +8,13 @@ the head's gradient is read and written once: 8 H V bytes in float32. Computing 
 
 operations and bytes per second: about 500 rows on two CPU cores (300 GFLOPS, 15 GB/s).
 
-On a GPU with tensor cores a chunk is kept as the gradient of its logits in half precision; the wide logits exist for
-some rows of it only. Where all rows fit into one chunk, no wide sum of the head's gradient is needed, whose V x H
-float32 numbers take the memory of the gradients of 2 H rows: a single chunk may be as large as that sum and a chunk
-together. On an H100 (H 4096, V 128256, 8192 rows) adding to the sum in 2, 4 and 8 chunks costs 13, 21 and 75 % of the
-product.
+The tiles of a CPU and the tensor cores of a GPU round a single product by themselves, so where all rows fit into one
+chunk, no wide sum of the head's gradient is needed, whose V x H float32 numbers take the memory of the logits of H rows
+(of their half-precision gradients on a GPU: 2 H). A single chunk may be as large as that sum and a chunk together.
+
+The tiles pack the head for each chunk, which 256 rows pay for. On a GPU with tensor cores a chunk is kept as the
+gradient of its logits in half precision; the wide logits exist for some rows of it only. On an H100 (H 4096, V 128256,
+8192 rows) adding to the sum in 2, 4 and 8 chunks costs 13, 21 and 75 % of the product.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ __all__ = ["rows_of_logits", "rows_per_chunk"]
 
 _MOST_ROWS = 512
 _FEWEST_ROWS = 64
+_FEWEST_ROWS_IN_TILES = 256
 _MOST_BYTES = 512 << 20
 # Of all rows; so that a chunk's logits stay below a fifth of what plain torch keeps, which is twice the whole.
 _LARGEST_PART = 4
@@ -49,10 +52,14 @@ def rows_per_chunk(head: Head, dtype: torch.dtype) -> int:
         wide_sum = 4 * hidden * classes
         chunk = max(_GPU_CHUNK_BYTES, wide_sum)
         return max(rows, 1) if 2 * rows * classes <= chunk + wide_sum else _in_steps(chunk // (2 * classes))
+    in_tiles = dtype.itemsize == 2
     widened = head.weight.dtype.itemsize < dtype.itemsize  # block by block, beside the logits
     most = _MOST_ROWS // 2 if widened else _MOST_ROWS
-    part = -(-rows // _LARGEST_PART)
-    return max(min(most, _MOST_BYTES // (4 * classes), max(part, _FEWEST_ROWS)), 1)
+    fewest = _FEWEST_ROWS_IN_TILES if in_tiles else _FEWEST_ROWS
+    chunk = max(min(most, _MOST_BYTES // (4 * classes), max(-(-rows // _LARGEST_PART), fewest)), 1)
+    rounds_sum = in_tiles and head.weight.dtype == dtype and head.weight.requires_grad
+    one_is_smaller = rounds_sum and rows <= chunk + hidden
+    return max(rows, 1) if one_is_smaller else chunk
 
 
 def rows_of_logits(classes: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybridengine.kernels import operators
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
+from hybridengine.kernels.linear_cross_entropy.blocked import write_of_weight
 from hybridengine.kernels.linear_cross_entropy.memory import matrix
 from hybridengine.kernels.linear_cross_entropy.products import Products
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
@@ -100,12 +101,7 @@ class Blocks:
             if by_x is not None:
                 products.add_of_x(by_x, g, first=at.start == 0)
             if by_weight is not None:
-                out = by_weight[at]
-                if products.out_dtype(out.dtype) != out.dtype:
-                    out = torch.empty(out.shape, device=out.device)
-                products.add_of_weight(out, g, head.x, first=True)
-                if out.dtype != by_weight.dtype:
-                    by_weight[at] = out
+                write_of_weight(products, by_weight[at], g, head.x)
             if by_bias is not None:
                 by_bias[at] = products.of_bias(g).to(by_bias.dtype)
         return Gradients(by_x, by_weight, by_bias)
