@@ -110,6 +110,7 @@ def cases(device: str) -> list[Case]:
             _case(512, *HEADS[1], single, masked=0.9),
             _case(256, *HEADS[1], half),
             _case(256, *HEADS[1], half, frozen=True),
+            _case(2048, *HEADS[1], half),
             _case(256, *HEADS[2], single, frozen=True, bias=True),
             _case(128, *HEADS[1], single, mode="second order"),
             _case(4096, *HEADS[0], single),

@@ -26,11 +26,13 @@ from hybridengine.kernels.linear_cross_entropy.rows import Head
 __all__ = ["rows_of_logits", "rows_per_chunk"]
 
 _MOST_ROWS = 512
-_FEWEST_ROWS = 64
+_FEWEST_ROWS = 128
 _FEWEST_ROWS_IN_TILES = 256
 _MOST_BYTES = 512 << 20
-# Of all rows; so that a chunk's logits stay below a fifth of what plain torch keeps, which is twice the whole.
+# Of all rows; so that a chunk's logits stay below a fifth of what plain torch keeps, which is twice the whole, and half
+# as much in bfloat16.
 _LARGEST_PART = 4
+_LARGEST_PART_IN_TILES = 6
 
 _GPU_CHUNK_BYTES = 512 << 20
 _GPU_LOGITS_BYTES = 512 << 20
@@ -55,8 +57,9 @@ def rows_per_chunk(head: Head, dtype: torch.dtype) -> int:
     in_tiles = dtype.itemsize == 2
     widened = head.weight.dtype.itemsize < dtype.itemsize  # block by block, beside the logits
     most = _MOST_ROWS // 2 if widened else _MOST_ROWS
+    part = -(-rows // (_LARGEST_PART_IN_TILES if in_tiles else _LARGEST_PART))
     fewest = _FEWEST_ROWS_IN_TILES if in_tiles else _FEWEST_ROWS
-    chunk = max(min(most, _MOST_BYTES // (4 * classes), max(-(-rows // _LARGEST_PART), fewest)), 1)
+    chunk = max(min(most, _MOST_BYTES // (4 * classes), max(part, fewest)), 1)
     rounds_sum = in_tiles and head.weight.dtype == dtype and head.weight.requires_grad
     one_is_smaller = rounds_sum and rows <= chunk + hidden
     return max(rows, 1) if one_is_smaller else chunk
