@@ -17,7 +17,7 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="Print the table as
     Every implementation of every operation: is it available, is it the default, why not.
     HYBRIDENGINE_IMPL=cross_entropy=reference,perturb=cpu forces implementations.
     """
-    from hybridengine.kernels import explain
+    from hybridengine.kernels import explain, native
 
     rows = explain()
     if as_json:
@@ -28,3 +28,6 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="Print the table as
         for row in rows
     ]
     console.table(("operation", "implementation", "available", "", "reason"), shown)
+    if native.why_missing() is None:
+        library = native.module()
+        console.line(f"cpu: {library.isa()} (of {', '.join(library.supported_isas())}; HYBRIDENGINE_ISA chooses)")
