@@ -28,13 +28,13 @@ Isa current_isa();
 std::string isa_name();
 // Names this CPU can run, lowest first.
 std::vector<std::string> supported_isas();
+// Throws std::invalid_argument for an unknown name or one that this CPU cannot run. Meant for tests and bug hunts.
+void set_isa(const std::string& name);
 // Makes what this thread wrote past the cache visible to others.
 inline void finish_streaming() {
 #if HE_X86_DISPATCH
   __builtin_ia32_sfence();
 #endif
 }
-// Throws std::invalid_argument for an unknown name or one that this CPU cannot run. Meant for tests and bug hunts.
-void set_isa(const std::string& name);
 
 }  // namespace hybridengine

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -35,10 +36,15 @@ namespace {
 #pragma GCC pop_options
 #pragma GCC diagnostic pop
 
-constexpr int64_t kDepthBlock = 512;    // of a packed block
-constexpr int64_t kPieceBytes = 512 << 10;  // of what a thread packs of one operand at a time
-constexpr int64_t kColumnGroup = 1024;  // of the sums that a thread keeps for itself
-constexpr float kFine = 1.0f / 64;      // of the largest number: what is smaller is rounded
+// What is packed at a time stays in a cache of the second level (1 MiB and more), beside as much of the other operand.
+constexpr int64_t kDepthBlock = 512;
+constexpr int64_t kPieceBytes = 512 << 10;
+constexpr int64_t kColumnGroup = 1024;
+// Of threads that sum over parts of the depth, each in memory of its own.
+constexpr int64_t kMostPartials = 16;
+// Of the largest number of a line: what is smaller is rounded. In the gradient of logits, whose other entries sum to
+// the largest, these have at most an eighth of a row's norm.
+constexpr float kFine = 1.0f / 64;
 
 #include "matmul/panels.inl"
 
@@ -102,7 +108,9 @@ void add_partials(const Matmul& problem, const std::vector<Partial>& partials) {
         const Range columns = block_of(one.group * kColumnGroup, kColumnGroup, problem.columns);
         const float* const part = static_cast<const float*>(one.sums->data()) + row * columns.count;
         const bool add = problem.accumulate || one.first > 0;
-        for (int64_t i = 0; i < columns.count; ++i) c[columns.start + i] = (add ? c[columns.start + i] : 0.0f) + part[i];
+        for (int64_t i = 0; i < columns.count; ++i) {
+          c[columns.start + i] = add ? c[columns.start + i] + part[i] : part[i];
+        }
       }
       sums.write(one_row, all);
     }
@@ -115,7 +123,7 @@ void multiply_by_depth(const Matmul& problem, const Operand& a, const Operand& b
   const int64_t groups = (problem.columns + kColumnGroup - 1) / kColumnGroup;
   std::vector<Partial> partials;
   std::mutex mutex;
-  parallel_for(groups * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(groups * blocks, (groups * blocks + kMostPartials - 1) / kMostPartials, [&](int64_t begin, int64_t end) {
     const Range all_rows{0, panels_of(problem.rows)};
     const Buffer a_packed(all_rows.count * a.panel_bytes(kDepthBlock));
     const Buffer b_packed(panels_of(kColumnGroup) * b.panel_bytes(kDepthBlock));
@@ -145,18 +153,19 @@ void multiply_by_depth(const Matmul& problem, const Operand& a, const Operand& b
   add_partials(problem, partials);
 }
 
-// The largest number of a float32 matrix.
-float largest_of(const Matrix& matrix, int64_t rows, int64_t columns) {
+// Of each contiguous line of a float32 matrix, the size from which on its numbers have two parts.
+std::vector<float> fine_sizes(const Matrix& matrix, int64_t rows, int64_t columns) {
   const bool by_row = matrix.column_stride == 1;
   const int64_t lines = by_row ? rows : columns, length = by_row ? columns : rows;
   const int64_t stride = by_row ? matrix.row_stride : matrix.column_stride;
-  std::vector<float> largest(lines);
+  std::vector<float> sizes(lines);
   parallel_for(lines, 1, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
-      largest[line] = largest_of(static_cast<const float*>(matrix.values) + line * stride, length);
+      const float largest = largest_of(static_cast<const float*>(matrix.values) + line * stride, length);
+      sizes[line] = kFine * std::min(largest, std::numeric_limits<float>::max());
     }
   });
-  return *std::max_element(largest.begin(), largest.end());
+  return sizes;
 }
 
 void zero(const Matmul& problem) {
@@ -175,9 +184,9 @@ void matmul(const Matmul& problem) {
   }
   if (problem.rows == 0 || problem.columns == 0) return;
   if (problem.depth == 0) return zero(problem);
-  const bool two_parts = problem.a.element == ElementType::float32;
-  const float fine = two_parts ? kFine * largest_of(problem.a, problem.rows, problem.depth) : 0.0f;
-  const Operand a{problem.a, false, problem.rows, fine}, b{problem.b, true, problem.columns, 0.0f};
+  Operand a{problem.a, false, problem.rows, {}};
+  const Operand b{problem.b, true, problem.columns, {}};
+  if (a.two_parts()) a.fine = fine_sizes(problem.a, problem.rows, problem.depth);
   if (problem.depth > std::max(problem.rows, problem.columns)) {
     multiply_by_depth(problem, a, b);
   } else if (problem.rows < problem.columns) {

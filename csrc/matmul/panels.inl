@@ -14,7 +14,7 @@ struct Operand {
   Matrix matrix;
   bool is_b;
   int64_t rows;
-  float fine;  // numbers of this size have two parts
+  std::vector<float> fine;  // of each contiguous line, the size of numbers that have two parts; empty: none have
 
   bool two_parts() const { return matrix.element == ElementType::float32; }
   int64_t row_stride() const { return is_b ? matrix.column_stride : matrix.row_stride; }
@@ -36,10 +36,11 @@ struct Operand {
       int has_low = 0;
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t first = row + half * kTileRows;
+        const float* const line = fine.empty() ? nullptr : fine.data() + (along_depth ? first : depth.start + start);
         const TileSource<Element> from{values + first * row_stride() + (depth.start + start) * depth_stride(),
                                        along_depth ? row_stride() : depth_stride(), along_depth,
                                        std::min(std::max<int64_t>(rows - first, 0), kTileRows),
-                                       std::min(depth.count - start, kStep), fine};
+                                       std::min(depth.count - start, kStep), line};
         has_low |= pack_tile(from, is_b, panel + half * kTileBytes, panel + (2 + half) * kTileBytes) << half;
       }
       if (two_parts()) *low++ = static_cast<char>(has_low);

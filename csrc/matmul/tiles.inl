@@ -2,8 +2,8 @@
 // is compiled for AMX.
 //
 // A tile has 16 rows of 64 bytes. Of A it holds 16 rows x 32 columns; of B, 32 rows x 16 columns with each pair of rows
-// side by side: row j holds B[2j, n], B[2j + 1, n] for 16 columns n. A panel is 32 rows of A (or columns of B): for each
-// step of 32 along the depth two tiles, then two more with what the first leave of float32 numbers.
+// side by side: row j holds B[2j, n], B[2j + 1, n] for 16 columns n. A panel is 32 rows of A (or columns of B): for
+// each step of 32 along the depth two tiles, then two more with what the first leave of float32 numbers.
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 1024;
@@ -62,10 +62,10 @@ HE_TILES_INLINE Pairs pairs_across(const uint16_t* first, const uint16_t* second
   return in_pairs(load(first), load(second));
 }
 
-HE_TILES_INLINE Parts pairs_across(const float* first, const float* second, int64_t count, float fine) {
+HE_TILES_INLINE Parts pairs_across(const float* first, const float* second, int64_t count, const float* fine) {
   const __mmask16 mask = first_lanes(count);
-  const Parts one = parts_of(_mm512_maskz_loadu_ps(mask, first), fine);
-  const Parts two = parts_of(second ? _mm512_maskz_loadu_ps(mask, second) : _mm512_setzero_ps(), fine);
+  const Parts one = parts_of(_mm512_maskz_loadu_ps(mask, first), fine[0]);
+  const Parts two = second ? parts_of(_mm512_maskz_loadu_ps(mask, second), fine[1]) : Parts{};
   return {in_pairs(one.high, two.high), in_pairs(one.low, two.low)};
 }
 
@@ -98,17 +98,25 @@ HE_TILES_INLINE void store_tile(char* tile, const __m512i (&rows)[16]) {
   for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 64 * i, rows[i]);
 }
 
-// Where a tile comes from: `count` rows of A or columns of B, `depth` numbers of each. `stride` leads to the next of
-// them where the depth is contiguous, otherwise to the next number of the depth. `fine`: see parts_of.
+// Where a tile comes from: `count` rows of A or columns of B, `depth` numbers of each. A line is contiguous: one of
+// those rows or columns, or what they have at one place of the depth. `fine` [lines]: see parts_of.
 template <class Element>
 struct TileSource {
   const Element* values;
-  int64_t stride;
+  int64_t line_stride;
   bool along_depth;
   int64_t count;
   int64_t depth;
-  float fine;
+  const float* fine;
 };
+
+// Rows of a wide matrix lie pages apart, where the processor does not look ahead by itself. Past the end of the matrix
+// a prefetch does nothing.
+template <class Element>
+HE_TILES_INLINE void prefetch_tile_ahead(const Element* values) {
+  _mm_prefetch((const char*)values, _MM_HINT_T0);
+  if (sizeof(Element) == 4) _mm_prefetch((const char*)values + 64, _MM_HINT_T0);
+}
 
 // Sixteen pairs of each of sixteen rows or columns: by row or column where the depth is contiguous, otherwise by pair.
 template <class Element>
@@ -117,25 +125,24 @@ HE_TILES_INLINE void read_pairs(const TileSource<Element>& from, __m512i (&high)
     high[i] = low[i] = _mm512_setzero_si512();
     if (from.along_depth) {
       if (i >= from.count) continue;
-      const Element* const values = from.values + i * from.stride;
-      _mm_prefetch((const char*)(values + 4 * kStep), _MM_HINT_T0);
-      if (sizeof(Element) == 4) _mm_prefetch((const char*)(values + 4 * kStep) + 64, _MM_HINT_T0);
+      const Element* const values = from.values + i * from.line_stride;
+      prefetch_tile_ahead(values + 4 * kStep);
       if constexpr (sizeof(Element) == 2) {
         high[i] = pairs_along(values, from.depth);
       } else {
-        const Parts parts = pairs_along(values, from.depth, from.fine);
+        const Parts parts = pairs_along(values, from.depth, from.fine[i]);
         high[i] = parts.high, low[i] = parts.low;
       }
     } else {
       if (2 * i >= from.depth) continue;
-      const Element* const first = from.values + 2 * i * from.stride;
-      _mm_prefetch((const char*)(first + kStep * from.stride), _MM_HINT_T0);
-      _mm_prefetch((const char*)(first + (kStep + 1) * from.stride), _MM_HINT_T0);
-      const Element* const second = 2 * i + 1 < from.depth ? first + from.stride : nullptr;
+      const Element* const first = from.values + 2 * i * from.line_stride;
+      prefetch_tile_ahead(first + kStep * from.line_stride);
+      prefetch_tile_ahead(first + (kStep + 1) * from.line_stride);
+      const Element* const second = 2 * i + 1 < from.depth ? first + from.line_stride : nullptr;
       if constexpr (sizeof(Element) == 2) {
         high[i] = pairs_across(first, second, from.count);
       } else {
-        const Parts parts = pairs_across(first, second, from.count, from.fine);
+        const Parts parts = pairs_across(first, second, from.count, from.fine + 2 * i);
         high[i] = parts.high, low[i] = parts.low;
       }
     }
@@ -200,7 +207,7 @@ static void release_tiles() { _tile_release(); }
 template <bool kTwoParts>
 static void multiply_panels(const char* a, const uint8_t* low, const char* b, int64_t steps, float* c, int64_t c_bytes,
                             bool accumulate) {
-  asm volatile("" ::: "memory");  // GCC's intrinsics do not say that they read and write memory
+  asm volatile("" ::: "memory");  // GCC's intrinsics do not say that they read memory
   float* const lower = (float*)((char*)c + kTileRows * c_bytes);
   if (accumulate) {
     _tile_loadd(0, c, c_bytes);

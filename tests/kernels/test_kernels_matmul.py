@@ -25,12 +25,20 @@ def bound(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """How far each entry may be off.
 
     A float32 sum of n terms in any order: n eps of the sum of their magnitudes. A float32 entry of A that is cut to 8
-    bits, its rest below 2^-7 of it rounded to 8 bits, is off by 2^-15 of itself; a small one rounded to 8, by 2^-8.
+    bits, its rest below 2^-7 of it rounded to 8 bits, is off by 2^-15 of itself; a small one rounded to 8, by 2^-8:
+    below 1/64 of the largest in its contiguous line.
     """
-    is_cut = a.dtype == torch.float32
+    is_cut, lines = a.dtype == torch.float32, 1 if a.stride(1) == 1 or 1 not in a.stride() else 0
     a, b = a.double().abs(), b.double().abs()
-    rounded = a * torch.where(a >= a.max() / 64, 2.0**-15, 2.0**-8) if is_cut else torch.zeros_like(a)
+    largest = a.amax(lines, keepdim=True)
+    rounded = a * torch.where(a >= largest / 64, 2.0**-15, 2.0**-8) if is_cut else torch.zeros_like(a)
     return rounded @ b + (a.shape[1] + 2) * EPS * (a @ b + c.double().abs())
+
+
+def in_layout_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers in another dtype, at the same strides."""
+    base = matrix if matrix._base is None else matrix._base
+    return base.to(dtype).as_strided(matrix.shape, matrix.stride(), matrix.storage_offset())
 
 
 @st.composite
@@ -39,8 +47,12 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def matrix(height: int, width: int, spread: float) -> Tensor:
-        """With rows or with columns contiguous, perhaps part of a larger one; magnitudes `spread` decades apart."""
-        gap = draw(st.sampled_from([0, 0, 3]))
+        """With rows, columns or nothing contiguous, or one number throughout; magnitudes `spread` decades apart."""
+        layout, gap = draw(st.sampled_from(["lines", "lines", "lines", "apart", "expanded"])), draw(st.integers(0, 3))
+        if layout == "expanded":
+            return torch.randn(draw(st.sampled_from([(1, 1), (1, width)])), generator=generator).expand(height, width)
+        if layout == "apart":
+            return torch.randn(height, 2 * width, generator=generator)[:, ::2]
         turned = draw(st.booleans())
         shape = (width, height + gap) if turned else (height, width + gap)
         values = torch.randn(shape, generator=generator) * 10 ** (spread * torch.randn(shape, generator=generator))
@@ -49,10 +61,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     a = matrix(rows, depth, draw(st.sampled_from([0.0, 1.0])))
     b = matrix(depth, columns, 0.0)
-    a, b = (
-        one if to == one.dtype else torch.empty_strided(one.shape, one.stride(), dtype=to).copy_(one)
-        for one, to in ((a, dtype), (b, torch.bfloat16))
-    )
+    a, b = (one if to == one.dtype else in_layout_of(one, to) for one, to in ((a, dtype), (b, torch.bfloat16)))
     return a, b, torch.randn(rows, columns + draw(st.sampled_from([0, 5])), generator=generator)[:, :columns]
 
 
@@ -131,6 +140,21 @@ def test_nothing(shape: tuple[int, int, int]) -> None:
     for made in (c, c.bfloat16()):
         matmul(torch.ones(rows, depth), torch.ones(depth, columns).bfloat16(), made)
         assert bool((made == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "out", "reason"),
+    [
+        (torch.ones(4, 6), torch.ones(3, 4).bfloat16(), torch.ones(4, 4), "expected a"),
+        (torch.ones(4, 3), torch.ones(3, 4).bfloat16(), torch.ones(4, 5), "expected a"),
+        (torch.ones(4, 3), torch.ones(3, 4), torch.ones(4, 4), "b in bfloat16"),
+        (torch.ones(4, 3).double(), torch.ones(3, 4).bfloat16(), torch.ones(4, 4), "b in bfloat16"),
+        (torch.ones(4, 3), torch.ones(3, 4).bfloat16(), torch.ones(4, 8)[:, ::2], "not contiguous"),
+    ],
+)
+def test_what_does_not_fit_is_refused(a: Tensor, b: Tensor, out: Tensor, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        matmul(a, b, out)
 
 
 def test_adds_to_float32_only() -> None:

@@ -103,7 +103,8 @@ def linear_cross_entropy(
 
     Options, edges and loss dtype are those of `cross_entropy`. Rows to be ignored cost nothing; a frozen head costs no
     gradient of the head, a frozen `x` none of `x`. Half precision is multiplied and summed in float32, also under
-    autocast, and every gradient rounded once; on a GPU tensor cores multiply, which round the logits' gradient too.
+    autocast, and every gradient rounded once. On a GPU tensor cores multiply, which round the logits' gradient too, and
+    on a CPU with AMX its tiles; for both, autocast rounds wide tensors first, as it does for torch's own products.
     Differentiable any number of times, the second one also in chunks; under `torch.func` and in forward mode the
     automatic choice is the reference, which holds all logits.
 

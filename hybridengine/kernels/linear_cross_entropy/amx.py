@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridengine.kernels import native
+from hybridengine.kernels.linear_cross_entropy.products import Rounded
 
 __all__ = ["Tiles", "matmul"]
 
@@ -21,73 +22,63 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> No
     """Write `a b` into `out`, or add it.
 
     Args:
-        a: [M, K], float32 or bfloat16; of a float32 number 16 bits count.
+        a: [M, K], float32 or bfloat16; of a float32 number 16 bits count, or 8 if it is below 1/64 of the largest in
+            its contiguous row or column.
         b: [K, N], bfloat16.
         out: [M, N], rows contiguous, float32, or bfloat16, rounded once.
         accumulate: add, to float32.
 
     Raises:
-        ValueError: where the CPU has no AMX, or it is not in use (`HYBRIDENGINE_ISA`).
+        ValueError: for other shapes, dtypes or layouts, and where the CPU has no AMX, or it is not in use
+            (`HYBRIDENGINE_ISA`).
     """
-    rows, depth = a.shape
+    (rows, depth), (of_b, columns) = a.shape, b.shape
+    if of_b != depth or out.shape != (rows, columns):
+        raise ValueError(f"expected a [M, K], b [K, N] and out [M, N], got {[*a.shape]}, {[*b.shape]}, {[*out.shape]}")
+    half, single = torch.bfloat16, torch.float32
+    if a.dtype not in (half, single) or b.dtype != half or out.dtype not in (half, single):
+        raise ValueError(
+            f"expected a and out in float32 or bfloat16, b in bfloat16, got {a.dtype}, {out.dtype}, {b.dtype}"
+        )
+    if columns > 1 and out.stride(1) != 1:
+        raise ValueError("the rows of out are not contiguous")
+    a, b = _with_lines(a), _with_lines(b)  # copies live until the call returns
     result = native.ELEMENT_TYPES[out.dtype], out.data_ptr(), out.stride(0)
-    native.module().matmul(_operand(a), _operand(b), rows, b.shape[1], depth, result, accumulate)
+    native.module().matmul(_operand(a), _operand(b), rows, columns, depth, result, accumulate)
+
+
+def _with_lines(matrix: Tensor) -> Tensor:
+    """The matrix with its rows or its columns contiguous."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def _operand(matrix: Tensor) -> tuple[int, int, int, int]:
-    if 1 not in matrix.stride():
-        matrix = matrix.contiguous()
-    return native.ELEMENT_TYPES[matrix.dtype], matrix.data_ptr(), matrix.stride(0), matrix.stride(1)
+    rows, columns = matrix.stride()
+    if 1 not in (rows, columns):  # a single number
+        rows = columns = 1
+    return native.ELEMENT_TYPES[matrix.dtype], matrix.data_ptr(), rows, columns
 
 
-class Tiles:
-    """Products of a bfloat16 head; another one is rounded, as torch's autocast does."""
+class Tiles(Rounded):
+    """Of a bfloat16 head; another one is rounded, as torch's autocast does."""
 
     gradient_dtype = None
-    factor = 1.0
 
-    def __init__(self, weight: Tensor) -> None:
-        self._given = weight
+    def __init__(self, weight: Tensor, dtype: torch.dtype = torch.bfloat16, factor: float = 1.0) -> None:
+        """As `Rounded`; there is no factor to take out of a gradient that is not rounded."""
+        assert factor == 1.0
+        super().__init__(weight, dtype)
 
     @cached_property
     def weight(self) -> Tensor:
-        """The head in bfloat16."""
-        if self._given.dtype == torch.bfloat16:
-            return self._given
-        return native.empty(tuple(self._given.shape), torch.bfloat16).copy_(self._given)
-
-    def of_classes(self, at: slice) -> Tiles:
-        """Of a part of the head."""
-        return Tiles(self._given[at])
+        """The head in bfloat16, copied once."""
+        if self._given.dtype == self.dtype:
+            return _with_lines(self._given)
+        return native.empty(tuple(self._given.shape), self.dtype).copy_(self._given)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` in bfloat16."""
-        return x.to(torch.bfloat16)
+        return _with_lines(x.to(self.dtype))
 
-    def logits(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """In one product."""
-        matmul(x, self.weight.t(), out)
-        if bias is not None:
-            out += bias
-
-    def of_x(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-        """In one product, rounded by it."""
-        total = gradient.new_empty(len(gradient), self.weight.shape[1], dtype=self.out_dtype(dtype))
-        self.add_of_x(total, gradient, first=True)
-        return total
-
-    def add_of_x(self, total: Tensor, gradient: Tensor, first: bool) -> None:
-        """In one product."""
-        matmul(gradient, self.weight, total, accumulate=not first)
-
-    def add_of_weight(self, total: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
-        """In one product."""
-        matmul(gradient.t(), x, total, accumulate=not first)
-
-    def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return in what a product for a result in `dtype` is written."""
-        return dtype if dtype == torch.bfloat16 else torch.float32
-
-    def of_bias(self, gradient: Tensor) -> Tensor:
-        """In one sum."""
-        return gradient.sum(0)
+    def _add(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
+        matmul(a, b, out, accumulate=not first)

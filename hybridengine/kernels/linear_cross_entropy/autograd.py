@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridengine.kernels import native, operators
 from hybridengine.kernels.cross_entropy.options import REDUCTIONS, SCHEMA, Options
-from hybridengine.kernels.linear_cross_entropy.chunks import rows_of_logits
+from hybridengine.kernels.linear_cross_entropy.chunks import rows_without_sum
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted
 from hybridengine.kernels.linear_cross_entropy.second_order import differentiable_gradients
 from hybridengine.kernels.modes import is_transformed
@@ -112,9 +112,7 @@ def _backward(ctx: Any, by_loss: Tensor | None, by_lse: Tensor | None) -> Gradie
             return _masked([(one * by_loss).to(one.dtype) for one in unit], ctx.wanted)
     elif torch.is_grad_enabled() or any(one is not None and is_transformed(one) for one in (by_loss, by_lse)):
         known = unit if ready else None
-        rows = ctx.split.chunk_rows
-        if head.x.is_cuda:  # where a chunk of a half-precision head is larger than its wide logits may be
-            rows = min(rows, rows_of_logits(len(head.weight)))
+        rows = rows_without_sum(head, ctx.split)
         return differentiable_gradients(by_loss, by_lse, head, ctx.options, rows, ctx.wanted, known)
     elif ready and by_loss is not None:
         ctx.ready = False  # the caller may keep the buffers and add to them: a second backward computes new ones

@@ -20,11 +20,11 @@ from hybridengine.kernels.cross_entropy.derivatives import slope_of
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
 from hybridengine.kernels.cross_entropy.reference import capped
 from hybridengine.kernels.linear_cross_entropy.memory import matrix
-from hybridengine.kernels.linear_cross_entropy.products import Products
+from hybridengine.kernels.linear_cross_entropy.products import Products, write_of_weight
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
 from hybridengine.kernels.native import accumulator_dtype
 
-__all__ = ["classes_per_block", "run", "write_of_weight"]
+__all__ = ["classes_per_block", "run"]
 
 Passes = Callable[..., tuple[Tensor, Tensor, Gradients]]
 
@@ -131,15 +131,6 @@ class _Logits:
             products, logits = self.products.of_classes(at), self.memory[:, : at.stop - at.start]
             products.logits(self.x, None if self.head.bias is None else self.head.bias[at], logits)
             yield at, products, logits
-
-
-def write_of_weight(products: Products, out: Tensor, gradient: Tensor, x: Tensor) -> None:
-    """Write a block of the head's gradient, `gradient^T x`, into `out`, rounded once."""
-    written = products.out_dtype(out.dtype)
-    wide = out if written == out.dtype else torch.empty(out.shape, dtype=written, device=out.device)
-    products.add_of_weight(wide, gradient, x, first=True)
-    if wide is not out:
-        out.copy_(wide)
 
 
 def _targets(head: Head, options: Options, at: slice, dtype: torch.dtype) -> Tensor:

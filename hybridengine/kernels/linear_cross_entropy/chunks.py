@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import torch
 
-from hybridengine.kernels.linear_cross_entropy.rows import Head
+from hybridengine.kernels.linear_cross_entropy.rows import Head, Split
 
-__all__ = ["rows_of_logits", "rows_per_chunk"]
+__all__ = ["rows_of_logits", "rows_per_chunk", "rows_without_sum"]
 
 _MOST_ROWS = 512
 _FEWEST_ROWS = 128
 _FEWEST_ROWS_IN_TILES = 256
 _MOST_BYTES = 512 << 20
-# Of all rows; so that a chunk's logits stay below a fifth of what plain torch keeps, which is twice the whole, and half
-# as much in bfloat16.
+# Of all rows; so that the logits of a chunk, unless it has the fewest rows, stay below a fifth of what plain torch
+# keeps, which is twice the whole, and half as much in bfloat16.
 _LARGEST_PART = 4
 _LARGEST_PART_IN_TILES = 6
 
@@ -40,29 +40,40 @@ _GPU_STEP = 256  # rows of a tile of a matrix product
 
 
 def rows_per_chunk(head: Head, dtype: torch.dtype) -> int:
-    """Return the number of rows in a chunk.
+    """Return the number of rows in a chunk, where the gradient of the head is wanted.
 
     Args:
         head: the tensors.
         dtype: of the products.
     """
     rows, (classes, hidden) = len(head.x), head.weight.shape
+    if head.x.device.type == "cpu":
+        chunk = _rows_on_cpu(head, dtype)
+        without_sum = chunk + hidden if dtype.itemsize == 2 and head.weight.dtype == dtype else chunk
+        return max(rows, 1) if rows <= without_sum else chunk
     classes = max(classes, 1)
-    if head.x.device.type != "cpu":
-        if dtype.itemsize > 2:
-            return rows_of_logits(classes)
-        wide_sum = 4 * hidden * classes
-        chunk = max(_GPU_CHUNK_BYTES, wide_sum)
-        return max(rows, 1) if 2 * rows * classes <= chunk + wide_sum else _in_steps(chunk // (2 * classes))
-    in_tiles = dtype.itemsize == 2
-    widened = head.weight.dtype.itemsize < dtype.itemsize  # block by block, beside the logits
-    most = _MOST_ROWS // 2 if widened else _MOST_ROWS
-    part = -(-rows // (_LARGEST_PART_IN_TILES if in_tiles else _LARGEST_PART))
-    fewest = _FEWEST_ROWS_IN_TILES if in_tiles else _FEWEST_ROWS
-    chunk = max(min(most, _MOST_BYTES // (4 * classes), max(part, fewest)), 1)
-    rounds_sum = in_tiles and head.weight.dtype == dtype and head.weight.requires_grad
-    one_is_smaller = rounds_sum and rows <= chunk + hidden
-    return max(rows, 1) if one_is_smaller else chunk
+    if dtype.itemsize > 2:
+        return rows_of_logits(classes)
+    wide_sum = 4 * hidden * classes
+    chunk = max(_GPU_CHUNK_BYTES, wide_sum)
+    return max(rows, 1) if 2 * rows * classes <= chunk + wide_sum else _in_steps(chunk // (2 * classes))
+
+
+def rows_without_sum(head: Head, split: Split) -> int:
+    """Return the number of rows in a chunk where the gradient of the head is not summed, and no sum is to be spared."""
+    if head.x.device.type == "cpu":
+        return min(split.chunk_rows, _rows_on_cpu(head, split.dtype))
+    return min(split.chunk_rows, rows_of_logits(len(head.weight)))
+
+
+def _rows_on_cpu(head: Head, dtype: torch.dtype) -> int:
+    rows, classes = len(head.x), max(len(head.weight), 1)
+    if dtype.itemsize == 2:
+        most, fewest, part = _MOST_ROWS, _FEWEST_ROWS_IN_TILES, _LARGEST_PART_IN_TILES
+    else:
+        widened = head.weight.dtype.itemsize < dtype.itemsize  # block by block, beside the logits
+        most, fewest, part = _MOST_ROWS // 2 if widened else _MOST_ROWS, _FEWEST_ROWS, _LARGEST_PART
+    return max(min(most, _MOST_BYTES // (4 * classes), max(-(-rows // part), fewest)), 1)
 
 
 def rows_of_logits(classes: int) -> int:

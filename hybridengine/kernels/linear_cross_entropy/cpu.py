@@ -17,6 +17,7 @@ from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
 from hybridengine.kernels.linear_cross_entropy.amx import Tiles
 from hybridengine.kernels.linear_cross_entropy.autograd import implement, run_operator
+from hybridengine.kernels.linear_cross_entropy.chunks import rows_without_sum
 from hybridengine.kernels.linear_cross_entropy.products import Products, Wide
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted, counted_rows
 from hybridengine.kernels.modes import why_not_transformed
@@ -105,14 +106,16 @@ def _run(
     index = counted_rows(target, options.ignore_index)
     by_loss, by_lse = (None if one is None else one.to(dtype) for one in (by_loss, by_lse))
     with torch.autocast("cpu", enabled=False):  # its casts would round what is to be exact
-        products: Products = Tiles(head.weight) if split.dtype == torch.bfloat16 else Wide(head.weight, dtype)
+        in_tiles = split.dtype == torch.bfloat16 and native.has_tiles()
+        products: Products = Tiles(head.weight) if in_tiles else Wide(head.weight, dtype)
         if split.block_classes:
             loss, lse, gradients = blocked.run(
                 products, head, index, options, split.block_classes, wanted, factors[:2], by_loss, by_lse
             )
         else:
             rows = _Rows(class_weight, options, factors)
-            loss, lse, gradients = chunked.run(rows, products, head, index, split.chunk_rows, wanted, by_loss, by_lse)
+            size = split.chunk_rows if wanted.weight else rows_without_sum(head, split)
+            loss, lse, gradients = chunked.run(rows, products, head, index, size, wanted, by_loss, by_lse)
     return reduced(loss, options, factors), lse, gradients
 
 

@@ -13,7 +13,7 @@ from hybridengine.kernels.cross_entropy.options import REDUCTIONS, Options, bad_
 from hybridengine.kernels.dispatch import record
 from hybridengine.kernels.linear_cross_entropy import blocked, chunked
 from hybridengine.kernels.linear_cross_entropy.autograd import implement, run_operator
-from hybridengine.kernels.linear_cross_entropy.chunks import rows_of_logits
+from hybridengine.kernels.linear_cross_entropy.chunks import rows_without_sum
 from hybridengine.kernels.linear_cross_entropy.gpu_blocked import Blocks
 from hybridengine.kernels.linear_cross_entropy.products import Narrow, Products, Wide
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Split, Wanted
@@ -130,7 +130,7 @@ def _run(
             rows = _Rows(impl, head, options, by / products.factor)
             coming = None if by_lse is None else by_lse / products.factor
             # Only the head's gradient gains by more rows than have their logits at a time.
-            size = split.chunk_rows if wanted.weight else min(split.chunk_rows, rows_of_logits(len(head.weight)))
+            size = split.chunk_rows if wanted.weight else rows_without_sum(head, split)
             loss, lse, gradients = chunked.run(rows, products, head, index, size, wanted, by_loss, coming)
             loss = loss * products.factor
     if options.reduction != REDUCTIONS["none"]:

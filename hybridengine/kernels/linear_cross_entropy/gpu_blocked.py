@@ -13,9 +13,8 @@ from torch import Tensor
 
 from hybridengine.kernels import operators
 from hybridengine.kernels.cross_entropy.options import Options, is_soft
-from hybridengine.kernels.linear_cross_entropy.blocked import write_of_weight
 from hybridengine.kernels.linear_cross_entropy.memory import matrix
-from hybridengine.kernels.linear_cross_entropy.products import Products
+from hybridengine.kernels.linear_cross_entropy.products import Products, write_of_weight
 from hybridengine.kernels.linear_cross_entropy.rows import Gradients, Head, Wanted
 
 __all__ = ["Blocks"]

@@ -2,19 +2,19 @@
 
 `Wide` multiplies wide numbers; half-precision tensors are widened first, the head block by block: products of bfloat16
 numbers are exact in float32. `Narrow` leaves half-precision numbers to a GPU's tensor cores, which sum in float32; the
-gradient of the logits is rounded for them.
+gradient of the logits is rounded for them. `amx.Tiles` are a CPU's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["Narrow", "Products", "Wide"]
+__all__ = ["Narrow", "Products", "Rounded", "Wide", "write_of_weight"]
 
 
 class Products(Protocol):
@@ -44,7 +44,7 @@ class Products(Protocol):
         """Add `gradient W` to `total` [B, H], wide; or write it, if it is the first."""
 
     def add_of_weight(self, total: Tensor, gradient: Tensor, x: Tensor, first: bool) -> None:
-        """Add `gradient^T x` to `total` [V, H], wide; or write it, if it is the first."""
+        """Add `gradient^T x` to `total` [V, H], wide; or write it, if it is the first, also as `out_dtype` says."""
 
     def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return in what the only product of a result in `dtype` can be written."""
@@ -113,12 +113,10 @@ class Wide:
             yield at, self.weight[at].to(self.dtype)
 
 
-class Narrow:
-    """Products of half-precision numbers on a GPU.
+class Rounded:
+    """Products of half-precision numbers, each in one call: what differs is who multiplies."""
 
-    The gradient of the logits comes without the factor 1/N of a mean, which multiplies the sums: rounded, p - 1 of a
-    label stays -1 where p is small, while (p - 1)/N would carry the rounding error of 1/N into every row alike.
-    """
+    gradient_dtype: torch.dtype | None
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
         """Say how to multiply.
@@ -128,21 +126,25 @@ class Narrow:
             dtype: in which everything is multiplied, bfloat16 or float16.
             factor: what multiplies the three gradients.
         """
-        self.factor, self.gradient_dtype = factor, dtype
+        self.factor, self.dtype = factor, dtype
         self._given = weight
+
+    def _add(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
+        """Write `factor a b`, or add it."""
+        raise NotImplementedError
 
     @cached_property
     def weight(self) -> Tensor:
         """The head in half precision."""
-        return self._given.to(self.gradient_dtype)
+        return self._given.to(self.dtype)
 
-    def of_classes(self, at: slice) -> Narrow:
+    def of_classes(self, at: slice) -> Self:
         """Of a part of the head."""
-        return Narrow(self._given[at], self.gradient_dtype, self.factor)
+        return type(self)(self._given[at], self.dtype, self.factor)
 
     def rows(self, x: Tensor) -> Tensor:
         """`x` in half precision."""
-        return x.to(self.gradient_dtype)
+        return x.to(self.dtype)
 
     def logits(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """In one product."""
@@ -169,13 +171,34 @@ class Narrow:
         return gradient.sum(0, dtype=torch.float32) * self.factor
 
     def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return in what a product for a result in `dtype` is written: a GPU writes its own dtype or float32."""
-        return dtype if dtype == self.gradient_dtype else torch.float32
+        """Return in what a product for a result in `dtype` is written: the dtype of the products, or float32."""
+        return dtype if dtype == self.dtype else torch.float32
 
-    @staticmethod
-    def _add(out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
+
+class Narrow(Rounded):
+    """A GPU's: of the gradient of the logits in half precision.
+
+    The gradient of the logits comes without the factor 1/N of a mean, which multiplies the sums: rounded, p - 1 of a
+    label stays -1 where p is small, while (p - 1)/N would carry the rounding error of 1/N into every row alike.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+        """As `Rounded`."""
+        super().__init__(weight, dtype, factor)
+        self.gradient_dtype = dtype
+
+    def _add(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
         beta = 0.0 if first else 1.0
         if out.dtype == a.dtype:
             torch.addmm(out, a, b, beta=beta, alpha=factor, out=out)
         else:
             torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=factor, out=out)
+
+
+def write_of_weight(products: Products, out: Tensor, gradient: Tensor, x: Tensor) -> None:
+    """Write `gradient^T x` into `out`, part of the head's gradient, rounded once."""
+    written = products.out_dtype(out.dtype)
+    wide = out if written == out.dtype else torch.empty(out.shape, dtype=written, device=out.device)
+    products.add_of_weight(wide, gradient, x, first=True)
+    if wide is not out:
+        out.copy_(wide)

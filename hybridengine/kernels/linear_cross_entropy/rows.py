@@ -25,7 +25,7 @@ class Head(NamedTuple):
 class Split(NamedTuple):
     """How it is computed: `chunk_rows` rows of all logits at a time, or all rows of `block_classes` classes if not 0.
 
-    `dtype` is what a GPU multiplies in. It is settled before the operators, which see no autocast.
+    `dtype` is what is multiplied. It is settled before the operators, which see no autocast.
     """
 
     chunk_rows: int
