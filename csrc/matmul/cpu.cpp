@@ -21,6 +21,8 @@
 
 namespace hybridengine {
 
+constexpr const char* kNeedsAmx = "matmul needs a CPU with AMX, in use (HYBRIDENGINE_ISA must not say less than amx)";
+
 #if HE_HAS_AMX
 namespace {
 
@@ -56,7 +58,7 @@ struct TilesInUse {
 
 // The smaller operand is packed whole, for all threads; each thread packs its pieces of the other for itself.
 void multiply_by_pieces(const Matmul& problem, const Operand& whole, const Operand& other) {
-  const int64_t whole_panels = panels_of(whole.rows), blocks = (problem.depth + kDepthBlock - 1) / kDepthBlock;
+  const int64_t whole_panels = panels_of(whole.rows), blocks = ceil_div(problem.depth, kDepthBlock);
   const int64_t block_bytes = whole_panels * whole.panel_bytes(kDepthBlock);
   const Buffer packed(blocks * block_bytes);
   char* const memory = static_cast<char*>(packed.data());
@@ -83,7 +85,7 @@ void multiply_by_pieces(const Matmul& problem, const Operand& whole, const Opera
         const Block mine{static_cast<char*>(scratch.data()), other.panel_bytes(depth.count), panels.count};
         const Block shared{memory + block * block_bytes, whole.panel_bytes(depth.count), whole_panels};
         const bool two_parts = whole.two_parts() || other.two_parts();
-        target.multiply(other.is_b ? shared : mine, other.is_b ? mine : shared, panels_of(depth.count), two_parts,
+        target.multiply(other.is_b ? shared : mine, other.is_b ? mine : shared, steps_of(depth.count), two_parts,
                         problem.accumulate || block > 0);
       }
       sums.write(rows, columns);
@@ -119,11 +121,10 @@ void add_partials(const Matmul& problem, const std::vector<Partial>& partials) {
 
 // A long depth is shared among the threads, each of which sums for itself.
 void multiply_by_depth(const Matmul& problem, const Operand& a, const Operand& b) {
-  const int64_t blocks = (problem.depth + kDepthBlock - 1) / kDepthBlock;
-  const int64_t groups = (problem.columns + kColumnGroup - 1) / kColumnGroup;
+  const int64_t blocks = ceil_div(problem.depth, kDepthBlock), groups = ceil_div(problem.columns, kColumnGroup);
   std::vector<Partial> partials;
   std::mutex mutex;
-  parallel_for(groups * blocks, (groups * blocks + kMostPartials - 1) / kMostPartials, [&](int64_t begin, int64_t end) {
+  parallel_for(groups * blocks, ceil_div(groups * blocks, kMostPartials), [&](int64_t begin, int64_t end) {
     const Range all_rows{0, panels_of(problem.rows)};
     const Buffer a_packed(all_rows.count * a.panel_bytes(kDepthBlock));
     const Buffer b_packed(panels_of(kColumnGroup) * b.panel_bytes(kDepthBlock));
@@ -144,7 +145,7 @@ void multiply_by_depth(const Matmul& problem, const Operand& a, const Operand& b
       b.pack({columns.start / kPanel, panels_of(columns.count)}, depth, static_cast<char*>(b_packed.data()));
       target.multiply({static_cast<char*>(a_packed.data()), a.panel_bytes(depth.count), all_rows.count},
                       {static_cast<char*>(b_packed.data()), b.panel_bytes(depth.count), panels_of(columns.count)},
-                      panels_of(depth.count), a.two_parts(), !starts);
+                      steps_of(depth.count), a.two_parts(), !starts);
     }
   });
   std::sort(partials.begin(), partials.end(), [](const Partial& one, const Partial& two) {
@@ -178,7 +179,7 @@ void zero(const Matmul& problem) {
 }  // namespace
 
 void matmul(const Matmul& problem) {
-  if (current_isa() != Isa::amx) throw std::invalid_argument("matmul needs a CPU with AMX");
+  if (current_isa() != Isa::amx) throw std::invalid_argument(kNeedsAmx);
   if (problem.accumulate && problem.c_element != ElementType::float32) {
     throw std::invalid_argument("matmul adds to float32 only");
   }
@@ -198,7 +199,7 @@ void matmul(const Matmul& problem) {
 
 #else
 
-void matmul(const Matmul&) { throw std::invalid_argument("matmul needs a CPU with AMX"); }
+void matmul(const Matmul&) { throw std::invalid_argument(kNeedsAmx); }
 
 #endif
 

@@ -1,6 +1,8 @@
 // Operands as panels of tiles, and the part of C that packed panels are multiplied into. Included by cpu.cpp.
 
-int64_t panels_of(int64_t count) { return (count + kPanel - 1) / kPanel; }
+int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
+int64_t panels_of(int64_t rows) { return ceil_div(rows, kPanel); }
+int64_t steps_of(int64_t depth) { return ceil_div(depth, kStep); }
 
 struct Range {
   int64_t start;
@@ -23,15 +25,15 @@ struct Operand {
   // Tiles, then a byte for each step that says which low tiles count.
   int64_t step_bytes() const { return (two_parts() ? 4 : 2) * kTileBytes; }
   int64_t panel_bytes(int64_t depth) const {
-    const int64_t steps = panels_of(depth);
-    return steps * step_bytes() + (two_parts() ? (steps + 63) / 64 * 64 : 0);
+    const int64_t steps = steps_of(depth);
+    return steps * step_bytes() + (two_parts() ? ceil_div(steps, 64) * 64 : 0);
   }
 
   template <class Element>
   void pack_panel(int64_t row, Range depth, char* panel) const {
     const bool along_depth = depth_stride() == 1;
     const auto* const values = static_cast<const Element*>(matrix.values);
-    char* low = panel + panels_of(depth.count) * step_bytes();
+    char* low = panel + steps_of(depth.count) * step_bytes();
     for (int64_t start = 0; start < depth.count; start += kStep) {
       int has_low = 0;
       for (int64_t half = 0; half < 2; ++half) {

@@ -165,6 +165,7 @@ def _load() -> tuple[NativeModule | None, str | None]:
 
 
 _module, _reason = _load()
+# A global, not a call of the library: torch.compile guards what it reads.
 _has_tiles = _module is not None and _module.isa() == "amx"
 _pool_is_on = os.environ.get("HYBRIDENGINE_POOL") != "0"
 

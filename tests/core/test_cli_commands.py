@@ -17,6 +17,7 @@ from hybridengine.cli.demonstration import BUNDLED, bundled_model, data_section,
 from hybridengine.cli.main import main
 from hybridengine.config import load_config
 from hybridengine.errors import DataError, OutputError
+from hybridengine.kernels import native
 from hybridengine.plugin import Catalogue
 from hybridengine.testing import tiny_checkpoint
 
@@ -246,6 +247,7 @@ def test_a_plugin_that_raises_is_blamed_by_name_and_exits_with_1(acme: Path, pla
 def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "kernels")
     assert code == 0 and "cross_entropy" in out and "default" in out
+    assert native.why_missing() is not None or f"cpu: {native.module().isa()} (of baseline" in out
     rows = json.loads(call(capsys, "kernels", "--json")[1])
     assert {row["impl"] for row in rows} >= {"reference"}
     assert all(row["available"] or row["reason"] for row in rows)

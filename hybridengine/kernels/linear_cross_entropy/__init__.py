@@ -120,7 +120,7 @@ def linear_cross_entropy(
             "low_memory" computes some classes at a time, twice: a third more arithmetic, and little memory beyond the
             gradients themselves. For half-precision heads and large vocabularies.
         chunk_rows: rows of logits (on a GPU, in half precision: of their gradient) at a time instead of the automatic
-            number (`chunks.py`).
+            number (`chunks.py`); where no gradient of the head is made, at most.
         impl: one of the names of `kernels.explain()` instead of the automatic choice.
 
     Returns:

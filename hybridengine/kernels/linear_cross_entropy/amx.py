@@ -41,7 +41,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> No
             f"expected a and out in float32 or bfloat16, b in bfloat16, got {a.dtype}, {out.dtype}, {b.dtype}"
         )
     if columns > 1 and out.stride(1) != 1:
-        raise ValueError("the rows of out are not contiguous")
+        raise ValueError(f"expected out with contiguous rows, got strides {out.stride()}")
     a, b = _with_lines(a), _with_lines(b)  # copies live until the call returns
     result = native.ELEMENT_TYPES[out.dtype], out.data_ptr(), out.stride(0)
     native.module().matmul(_operand(a), _operand(b), rows, columns, depth, result, accumulate)

@@ -7,6 +7,7 @@ gradient of the logits is rounded for them. `amx.Tiles` are a CPU's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Protocol, Self
@@ -113,7 +114,7 @@ class Wide:
             yield at, self.weight[at].to(self.dtype)
 
 
-class Rounded:
+class Rounded(ABC):
     """Products of half-precision numbers, each in one call: what differs is who multiplies."""
 
     gradient_dtype: torch.dtype | None
@@ -129,9 +130,9 @@ class Rounded:
         self.factor, self.dtype = factor, dtype
         self._given = weight
 
+    @abstractmethod
     def _add(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool, factor: float) -> None:
         """Write `factor a b`, or add it."""
-        raise NotImplementedError
 
     @cached_property
     def weight(self) -> Tensor:
