@@ -149,7 +149,7 @@ def test_nothing(shape: tuple[int, int, int]) -> None:
         (torch.ones(4, 3), torch.ones(3, 4).bfloat16(), torch.ones(4, 5), "expected a"),
         (torch.ones(4, 3), torch.ones(3, 4), torch.ones(4, 4), "b in bfloat16"),
         (torch.ones(4, 3).double(), torch.ones(3, 4).bfloat16(), torch.ones(4, 4), "b in bfloat16"),
-        (torch.ones(4, 3), torch.ones(3, 4).bfloat16(), torch.ones(4, 8)[:, ::2], "not contiguous"),
+        (torch.ones(4, 3), torch.ones(3, 4).bfloat16(), torch.ones(4, 8)[:, ::2], "contiguous rows"),
     ],
 )
 def test_what_does_not_fit_is_refused(a: Tensor, b: Tensor, out: Tensor, reason: str) -> None:
