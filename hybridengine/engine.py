@@ -113,7 +113,7 @@ class Engine:
                 raise StackError(problems)
             run.steps_per_epoch, run.total_steps = estimate_steps(run, hooks)
             self._plan = make_plan(self.config, methods, run.total_steps, "unlabelled" in run.splits)
-            self._plan.kernels = [row._asdict() for row in kernels.explain()]
+            run.say(*self._plan.notes)
             self._plan.memory = estimate_memory(run, methods)
         return self
 

@@ -33,6 +33,18 @@ class ParamGroup:
         """The group as torch optimizers take it."""
         return {"params": list(self.parameters.values()), **self.options}
 
+    def with_undecayed_vectors(self) -> list[dict[str, Any]]:
+        """The group as torch takes it, tensors of fewer than two dimensions (biases, norm weights) apart, at decay 0.
+
+        A group with a `weight_decay` of its own stays whole.
+        """
+        if "weight_decay" in self.options:
+            return [self.as_torch()]
+        matrices = {k: p for k, p in self.parameters.items() if p.dim() >= 2}
+        others = {k: p for k, p in self.parameters.items() if p.dim() < 2}
+        parts = [ParamGroup(matrices, **self.options), ParamGroup(others, **self.options, weight_decay=0.0)]
+        return [part.as_torch() for part in parts if part.parameters]
+
 
 class Run:
     """One training run. Hooks receive it; there are no globals.
@@ -130,10 +142,9 @@ class Run:
         """`file:row` of rows by their global ids, for messages."""
         return row_places(self.splits, rows)
 
-    def say(self, note: str) -> None:
-        """Tell the user something once."""
-        if note not in self.notes:
-            self.notes.append(note)
+    def say(self, *notes: str) -> None:
+        """Tell the user something, each once."""
+        self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
 
     def random(self, stream: str, rows: Sequence[int]) -> KeyedRows:
         """Random numbers keyed by (seed, stream, step, row), as `ctx.rng`."""

@@ -45,6 +45,8 @@ def show_plan(plan: Plan) -> None:
         console.field("memory", _memory(plan.memory))
     if chosen := _kernels(plan.kernels):
         console.field("kernels", f"{', '.join(chosen)}; plain torch (reference) where calls are too small to gain")
+    for note in plan.notes:
+        console.field("note", note)
     console.line()
     console.line("members (`order:` of a method moves it, `name: {parameter: value}` changes it)", style="bold")
     for member in plan.members:

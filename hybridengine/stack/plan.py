@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hybridengine import kernels
 from hybridengine.batches import Assembler, Sampler, bucketed, with_unlabelled
 from hybridengine.config import Config
 from hybridengine.plugin.calling import Hooks
@@ -53,6 +54,14 @@ class Plan:
     memory: dict[str, Any] = field(default_factory=dict)
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def notes(self) -> list[str]:
+        """Methods that act in no phase, because their schedule lies beyond the last step."""
+        acting = {name for phase in self.phases for name in phase.active}
+        idle = [member["name"] for member in self.members if member["name"] not in acting]
+        why = f"never acts: its schedule starts after the last of the {self.total_steps} steps"
+        return [f"{name} {why}" for name in idle]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, `plan.json`."""
         return asdict(self)
@@ -85,7 +94,9 @@ def make_plan(config: Config, methods: Sequence[Method], total_steps: int, has_u
         ctx.step(ctx, make_works(run.seed, start, batches))
         phases.append(_phase(start, copies, ctx.trace.events, rows))
     members = [_member(m) for m in hooks.methods]
-    return Plan(_layers(hooks), phases, rows, stacked, total_steps, members, ctx.trace.features, ctx.trace.logits)
+    plan = Plan(_layers(hooks), phases, rows, stacked, total_steps, members, ctx.trace.features, ctx.trace.logits)
+    plan.kernels = [row._asdict() for row in kernels.explain()]
+    return plan
 
 
 def training_sampler(run: Run, hooks: Hooks, lengths: Sequence[int]) -> Sampler:

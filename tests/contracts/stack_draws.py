@@ -94,14 +94,20 @@ PARAMETERS: dict[str, Parameters] = {
     "linear": _some(warmup=(0.0, 1)),
     "llrd": _some(decay=(0.5, 0.9)),
     "lora": _some(r=(2,), dropout=(0.0, 0.1)),
+    "lookahead": _some(steps=(1, 2), alpha=(0.5,)),
     "maml": _some(inner_steps=(1, 2), first_order=(False, True), inner_loss=("task", "full")),
+    "neftune": _some(alpha=(0.3,)),
     "pgd": _some(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),
+    "r3f": _some(sigma=(0.02,), noise=("normal", "uniform")),
     "rdrop": _some(alpha=(0.5, 1.0)),
     "reptile": _some(inner_steps=(2, 3)),
     "sam": _some(rho=(0.05,), adaptive=(False, True)),
+    "sgd": _some(momentum=(0.0, 0.9)),
+    "swa": _some(start=(0,), every=(1, 2)),
     "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
     "weight-decay": _some(value=(0.1,)),
+    "wsd": _some(shape=("linear", "sqrt")),
 }
 
 

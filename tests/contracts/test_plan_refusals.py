@@ -103,3 +103,11 @@ def test_looking_writes_nothing(methods: list[Any], tmp_path: Path) -> None:
 def test_lora_dropout_is_the_way_out_that_is_told(tmp_path: Path) -> None:
     methods = ["rdrop", {"lora": {"r": 2, "dropout": 0.1}}]
     assert Engine(config_of(methods, tmp_path / "run", model="llama")).plan().phases
+
+
+def test_a_schedule_that_starts_after_the_run_is_told(tmp_path: Path) -> None:
+    engine = Engine(config_of(["rdrop", {"swa": {"start": 10**6}}], tmp_path / "run"))
+    (note,) = engine.plan().notes
+    assert note.startswith("swa never acts")
+    assert note in engine.validate()
+    assert not Engine(config_of([{"swa": {"start": 0}}], tmp_path / "run")).plan().notes

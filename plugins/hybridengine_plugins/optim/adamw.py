@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -46,21 +46,13 @@ class AdamW:
     @hook
     def build_optimizer(self, run: Run, groups: list[ParamGroup]) -> torch.optim.Optimizer:
         """Groups may override `lr` and `weight_decay`."""
-        entries = [entry for group in groups for entry in self._entries(group)]
+        entries = [entry for group in groups for entry in group.with_undecayed_vectors()]
         parameters = [p for entry in entries for p in entry["params"]]
         fused = _has_fused(parameters) if self.fused is None else self.fused
         betas = (float(self.betas[0]), float(self.betas[1]))
         return torch.optim.AdamW(
             entries, lr=run.config.train.lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
         )
-
-    def _entries(self, group: ParamGroup) -> list[dict[str, Any]]:
-        if "weight_decay" in group.options or not self.weight_decay:
-            return [group.as_torch()]
-        matrices = [p for p in group.parameters.values() if p.dim() >= 2]
-        others = [p for p in group.parameters.values() if p.dim() < 2]
-        entries = [{"params": matrices, **group.options}, {"params": others, **group.options, "weight_decay": 0.0}]
-        return [entry for entry in entries if entry["params"]]
 
 
 def _has_fused(parameters: list[nn.Parameter]) -> bool:

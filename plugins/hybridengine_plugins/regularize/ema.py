@@ -38,10 +38,12 @@ class EMA:
     traits: ClassVar[Traits] = Traits(
         family="regularize",
         order=Band.AVERAGE,
+        slots=("weight_average",),
         effect="distance",
         cost="no extra passes; a copy of the trainable weights, and a pass over them per step",
         state=1,
         paper="Polyak, Juditsky: Acceleration of Stochastic Approximation by Averaging, 1992; Tarvainen, Valpola, 2017",
+        combines="everything but swa",
     )
 
     decay: float = parameter(0.999, "how much of the average survives a step", ge=0, lt=1)
