@@ -152,6 +152,19 @@ class Gradients:
         with kernels.keep(parameters):
             yield parameters
 
+    @contextlib.contextmanager
+    def resting(self, names: Iterable[str]) -> Iterator[None]:
+        """The named optimised parameters are fixed inside: no gradient, no decay, no optimizer state of theirs."""
+        optimised = self.run.optimised()
+        parameters = [optimised[name] for name in names]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
     # ---- the update -------------------------------------------------------------------------------------------
 
     def apply(self) -> float:

@@ -76,7 +76,9 @@ def _teacher(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
 
 
 PARAMETERS: dict[str, Parameters] = {
+    "adafactor": _some(clip=(1.0, 2.0)),
     "adamw": _some(weight_decay=(0.0, 0.01)),
+    "bitfit": _some(),
     "class-weights": _weights,
     "constant": _some(warmup=(0.0, 1)),
     "cosine": _some(floor=(0.0, 0.1)),
@@ -95,6 +97,7 @@ PARAMETERS: dict[str, Parameters] = {
     "llrd": _some(decay=(0.5, 0.9)),
     "lora": _some(r=(2,), dropout=(0.0, 0.1)),
     "lookahead": _some(steps=(1, 2), alpha=(0.5,)),
+    "lp-ft": _some(steps=(1, 5)),
     "maml": _some(inner_steps=(1, 2), first_order=(False, True), inner_loss=("task", "full")),
     "neftune": _some(alpha=(0.3,)),
     "pgd": _some(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),

@@ -52,12 +52,6 @@ class GradualUnfreeze:
         """Make the step with the levels whose turn it is; afterwards all are as before, whatever happens."""
         level_of = {k: self._levels.get(k, self._top) for k in ctx.run.optimised()}
         turns = sorted(set(level_of.values()), reverse=True)[: 1 + ctx.run.step // self.steps]
-        waiting = [p for k, p in ctx.run.optimised().items() if level_of[k] not in turns]
-        for parameter_ in waiting:
-            parameter_.requires_grad_(False)
-        try:
+        with ctx.resting(name for name, level in level_of.items() if level not in turns):
             ctx.report(self, trainable=float(len(ctx.run.optimised())))
             return inner(ctx, works)
-        finally:
-            for parameter_ in waiting:
-                parameter_.requires_grad_(True)
