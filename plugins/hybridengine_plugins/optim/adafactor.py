@@ -21,7 +21,9 @@ class Adafactor:
 
         θ ← θ − η λ θ − max(min_size, RMS(θ)) · min(η, 1/√t) · u
 
-    So `train.lr` is a share of a tensor's size, not a length: start at 1e-3. λ applies to matrices alone.
+    So `train.lr` is a share of a tensor's size, not a length: start at 1e-3. A tensor near zero, such as a new head's
+    bias, moves by no more than min_size · η; raise `min_size` where such tensors must learn. λ applies to matrices
+    alone.
 
     Paper: Shazeer and Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost".
     Hooks: `build_optimizer`. Cost: two vectors per matrix, where AdamW keeps two matrices. Combines with everything but
