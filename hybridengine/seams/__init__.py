@@ -2,6 +2,7 @@
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import kl_rows, sequence_norms
+from hybridengine.seams.precision import wide
 from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
 from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
@@ -31,4 +32,5 @@ __all__ = [
     "seeded",
     "sequence_norms",
     "weighted_sum",
+    "wide",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hybridengine import kernels
 from hybridengine.errors import NonFiniteError
 from hybridengine.seams.host import Host
+from hybridengine.seams.precision import wide
 from hybridengine.seams.trace import Trace
 
 __all__ = ["Gradients"]
@@ -51,8 +52,8 @@ class Gradients:
 
     def unscaled(self, gradient: Tensor) -> Tensor:
         """A gradient without the loss scale, in at least fp32."""
-        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        return wide if self.run.loss_scale.value == 1.0 else wide / self.run.loss_scale.value
+        value = wide(gradient)
+        return value if self.run.loss_scale.value == 1.0 else value / self.run.loss_scale.value
 
     def accumulate(self, loss: Tensor, weight: Tensor | None = None) -> None:
         """Add the (scaled) gradient of `loss`, or of `weight * loss`, to `.grad` of every leaf it reaches.

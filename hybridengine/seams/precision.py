@@ -6,8 +6,14 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-__all__ = ["LossScale", "Precision", "choose_precision"]
+__all__ = ["LossScale", "Precision", "choose_precision", "wide"]
+
+
+def wide(value: Tensor) -> Tensor:
+    """The tensor in at least fp32; itself where it is that already."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 @dataclass(frozen=True)

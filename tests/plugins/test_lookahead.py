@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import LR, Plain, apart, bert, key
+from plain import EXACT, LR, Plain, apart, bert, key
 from torch import Tensor
 
 from hybridengine.testing import Bench, make_batch, set_up
 from hybridengine_plugins.optim.lookahead import Lookahead
 from hybridengine_plugins.regularize.ema import EMA
-
-EXACT = 1e-11  # as in plain.py: fp64 over a few steps
 
 
 def _walk(steps: int, alpha: float, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hybridengine.plugin import Method
 from hybridengine.stack import check_stack
 from hybridengine.testing import Bench, make_batch, set_up
+from hybridengine_plugins.adapters.gradual_unfreeze import GradualUnfreeze
 from hybridengine_plugins.regularize.ema import EMA
 from hybridengine_plugins.regularize.swa import SWA
 
@@ -68,3 +69,14 @@ def test_only_one_average_can_be_evaluated() -> None:
     (problem,) = check_stack([Method("swa", SWA(start=0)), Method("ema", EMA())], set())
     assert "swa" in problem
     assert "ema" in problem
+
+
+def test_weights_that_wait_their_turn_count_from_the_start() -> None:
+    batch, path = make_batch(), []
+    bench = set_up([SWA(start=0), GradualUnfreeze(steps=1)], bert(), batch, lr=LR)
+    for _ in range(6):
+        bench.step([batch])
+        path.append(bench.parameters())
+    for name, average in bench.run.state("swa").items():
+        wanted = torch.stack([weights[name] for weights in path]).mean(0)
+        torch.testing.assert_close(average, wanted, rtol=0, atol=1e-13)

@@ -36,7 +36,7 @@ class R3F:
         order=Band.SMOOTHNESS,
         requires=("embeddings",),
         effect="kl",
-        cost="1 more full pass; 2x a plain step (+0.67x where an inner method stacks its passes)",
+        cost="1 more full pass; 2x a plain step (+1x where an inner method stacks its passes)",
         paper="Aghajanyan et al.: Better Fine-Tuning by Reducing Representational Collapse, ICLR 2021",
         combines="lora, ema, episodes; with rdrop or vat it is redundant",
     )

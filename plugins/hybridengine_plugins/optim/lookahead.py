@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Context, Work
+from hybridengine.seams import Context, Work, wide
 
 __all__ = ["Lookahead"]
 
@@ -41,6 +41,7 @@ class Lookahead:
         combines="every optimizer; ema and swa average the fast weights",
     )
 
+    # Up to 20, for its effect shows at these steps alone, and so many without any stop a run.
     steps: int = parameter(5, "updates of the fast weights before the slow ones follow", ge=1, le=20)
     alpha: float = parameter(0.5, "how much of the way the slow weights go", gt=0, le=1)
 
@@ -52,12 +53,12 @@ class Lookahead:
         slow = ctx.run.state("lookahead")
         for name, weight in ctx.run.optimised().items():
             if name not in slow:
-                slow[name] = _wide(weight).clone()
+                slow[name] = wide(weight.detach()).clone()
         terms = inner(ctx, works)
         if (ctx.run.step + 1) % self.steps == 0:
             weights = {name: weight.detach() for name, weight in ctx.run.optimised().items()}
             behind = [slow[name] for name in weights]
-            way = torch._foreach_sub([_wide(weight) for weight in weights.values()], behind)
+            way = torch._foreach_sub([wide(weight) for weight in weights.values()], behind)
             torch._foreach_add_(behind, way, alpha=self.alpha)
             torch._foreach_copy_(list(weights.values()), behind)
             ctx.report(self, distance=torch.nn.utils.get_total_norm(way))
@@ -68,8 +69,3 @@ class Lookahead:
         """The slow weights stand in for the fast ones."""
         slow, weights = ctx.run.state("lookahead"), ctx.run.optimised()
         return ctx.swapped({name: value for name, value in slow.items() if name in weights})
-
-
-def _wide(weight: Tensor) -> Tensor:
-    value = weight.detach()
-    return value if value.dtype == torch.float64 else value.float()

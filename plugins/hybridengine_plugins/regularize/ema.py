@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybridengine import kernels
 from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Context, Work
+from hybridengine.seams import Context, Work, wide
 
 __all__ = ["EMA"]
 
@@ -56,7 +56,7 @@ class EMA:
         shadow = ctx.run.state("ema")
         for name, weight in ctx.run.optimised().items():
             if name not in shadow:
-                shadow[name] = _wide(weight).clone()
+                shadow[name] = wide(weight.detach()).clone()
         terms = inner(ctx, works)
         step = ctx.run.step
         rate = 1 - min(self.decay, (1 + step) / (10 + step))
@@ -73,8 +73,3 @@ class EMA:
         """The average stands in for the weights."""
         shadow, weights = ctx.run.state("ema"), ctx.run.optimised()
         return ctx.swapped({name: average for name, average in shadow.items() if name in weights})
-
-
-def _wide(weight: Tensor) -> Tensor:
-    value = weight.detach()
-    return value if value.dtype == torch.float64 else value.float()

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hybridengine import kernels
 from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Context, Work
+from hybridengine.seams import Context, Work, wide
 
 __all__ = ["SWA"]
 
@@ -58,14 +59,14 @@ class SWA:
     ) -> Mapping[str, Tensor]:
         """The inner step, then the average takes the moved weights in."""
         terms = inner(ctx, works)
-        average, counts = ctx.run.state("swa"), ctx.run.state("swa-counts")
-        weights = {name: _wide(weight) for name, weight in ctx.run.optimised().items()}
-        if (ctx.run.step - self.start) % self.every == 0:
-            for name, weight in weights.items():
-                seen = counts.get(name, 0)
-                average[name] = average[name].lerp_(weight, 1 / (seen + 1)) if seen else weight.clone()
-                counts[name] = seen + 1
-        if (ctx.run.step - self.start) % _MEASURE_EVERY == 1:  # at 0 the average is the weights
+        average, since = ctx.run.state("swa"), ctx.run.step - self.start
+        weights = {name: weight.detach() for name, weight in ctx.run.optimised().items()}
+        if since % self.every == 0:
+            for name in weights.keys() - average.keys():
+                average[name] = wide(weights[name]).clone()
+            rate = 1 / (since // self.every + 1)
+            kernels.ema_update([average[name] for name in weights], list(weights.values()), rate=rate)
+        if since % _MEASURE_EVERY == 1:  # at 0 the average is the weights
             apart = [average[name] - weight for name, weight in weights.items() if name in average]
             ctx.report(self, distance=torch.nn.utils.get_total_norm(apart))
         return terms
@@ -75,8 +76,3 @@ class SWA:
         """The average stands in for the weights that it holds."""
         average, weights = ctx.run.state("swa"), ctx.run.optimised()
         return ctx.swapped({name: value for name, value in average.items() if name in weights})
-
-
-def _wide(weight: Tensor) -> Tensor:
-    value = weight.detach()
-    return value if value.dtype == torch.float64 else value.float()
