@@ -4,6 +4,7 @@ from hybridengine.data.rows import Split
 from hybridengine.model.depth import parameter_levels
 from hybridengine.plugin.catalogue import Catalogue, Listing
 from hybridengine.plugin.hookspecs import HookSpecs, hook
+from hybridengine.plugin.lengths import check_share, whole_steps
 from hybridengine.plugin.stacking import Method, StackView
 from hybridengine.plugin.traits import Band, Traits, parameter
 from hybridengine.run import ParamGroup, Run
@@ -19,7 +20,9 @@ __all__ = [
     "Split",
     "StackView",
     "Traits",
+    "check_share",
     "hook",
     "parameter",
     "parameter_levels",
+    "whole_steps",
 ]

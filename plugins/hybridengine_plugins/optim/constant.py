@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from hybridengine.plugin import Run, Traits, hook, parameter
+from hybridengine.plugin import Run, Traits, check_share, hook, parameter, whole_steps
 
 __all__ = ["Constant"]
 
@@ -28,12 +28,11 @@ class Constant:
     warmup: int | float = parameter(0.06, "share of all steps below 1, or a whole number of steps", ge=0)
 
     def __post_init__(self) -> None:
-        if isinstance(self.warmup, float) and self.warmup >= 1:
-            raise ValueError(f"warmup must be a share below 1 or a whole number of steps, got {self.warmup}")
+        check_share("warmup", self.warmup)
 
     @hook
     def build_scheduler(self, run: Run, optimizer: Any) -> LambdaLR:
         """Scale every group's own rate."""
         total = run.total_steps
-        warm = round(self.warmup * total) if isinstance(self.warmup, float) else min(self.warmup, total)
+        warm = whole_steps(self.warmup, total)
         return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warm)))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from hybridengine.plugin import Run, Traits, hook, parameter
+from hybridengine.plugin import Run, Traits, check_share, hook, parameter, whole_steps
 
 __all__ = ["Cosine"]
 
@@ -35,14 +35,13 @@ class Cosine:
     floor: float = parameter(0.0, "share of the peak rate that is left at the end", ge=0, le=1)
 
     def __post_init__(self) -> None:
-        if isinstance(self.warmup, float) and self.warmup >= 1:
-            raise ValueError(f"warmup must be a share below 1 or a whole number of steps, got {self.warmup}")
+        check_share("warmup", self.warmup)
 
     @hook
     def build_scheduler(self, run: Run, optimizer: Any) -> LambdaLR:
         """Scale every group's own rate."""
         total = run.total_steps
-        warm = round(self.warmup * total) if isinstance(self.warmup, float) else min(self.warmup, total)
+        warm = whole_steps(self.warmup, total)
 
         def factor(step: int) -> float:
             if step < warm:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from hybridengine.plugin import Run, Traits, hook, parameter
+from hybridengine.plugin import Run, Traits, check_share, hook, parameter, whole_steps
 
 __all__ = ["WSD"]
 
@@ -41,19 +41,15 @@ class WSD:
     floor: float = parameter(0.0, "share of the peak rate that is left at the end", ge=0, le=1)
 
     def __post_init__(self) -> None:
-        for name, value in (("warmup", self.warmup), ("decay", self.decay)):
-            if isinstance(value, float) and value >= 1:
-                raise ValueError(f"{name} must be a share below 1 or a whole number of steps, got {value}")
+        check_share("warmup", self.warmup)
+        check_share("decay", self.decay)
 
     @hook
     def build_scheduler(self, run: Run, optimizer: Any) -> LambdaLR:
         """Scale every group's own rate; the warm-up comes first where the run is too short for both."""
         total = run.total_steps
-        warm, falling = (
-            round(value * total) if isinstance(value, float) else min(value, total)
-            for value in (self.warmup, self.decay)
-        )
-        falling = min(falling, total - warm)
+        warm = whole_steps(self.warmup, total)
+        falling = min(whole_steps(self.decay, total), total - warm)
 
         def factor(step: int) -> float:
             if step < warm:
