@@ -181,7 +181,7 @@ MUTATIONS = (
     Mutation(
         "loss scale left in the gradient",
         GRADIENTS,
-        "return wide if self.run.loss_scale.value == 1.0 else wide / self.run.loss_scale.value",
+        "return value if self.run.loss_scale.value == 1.0 else value / self.run.loss_scale.value",
         "return wide",
         "tests/core/test_seams_gradients.py::test_grad_is_unscaled_at_least_fp32_and_touches_no_grad",
     ),
