@@ -6,7 +6,7 @@ ARCHIVE := .cache/vaderSentiment-0.5.zip
 # The test of the real archive runs where a demo has fetched it.
 TESTS = OMP_NUM_THREADS=1 HYBRIDENGINE_VADER_ARCHIVE=$(abspath $(wildcard $(ARCHIVE))) $(VENV)/bin/python -m pytest -q -n 2
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow long lint clean
 
 demo: $(VENV)/.demo $(ARCHIVE)
 	$(VENV)/bin/hybridengine demo --archive $(ARCHIVE)
@@ -15,7 +15,10 @@ test: $(VENV)/.test
 	$(TESTS) -m "not slow and not gpu"
 
 slow: $(VENV)/.test
-	$(TESTS) -m "slow and not gpu"
+	$(TESTS) -m "slow and not long and not gpu"
+
+long: $(VENV)/.test
+	$(TESTS) -m "long and not gpu"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -112,7 +112,7 @@ class Engine:
             if problems := check_stack(methods, have) + hooks.collect("check_stack", StackView(methods, facts)):
                 raise StackError(problems)
             run.steps_per_epoch, run.total_steps = estimate_steps(run, hooks)
-            self._plan = make_plan(self.config, methods, run.total_steps, "unlabelled" in run.splits)
+            self._plan = make_plan(self.config, methods, run.total_steps, run.card["splits"])
             run.say(*self._plan.notes)
             self._plan.memory = estimate_memory(run, methods)
         return self

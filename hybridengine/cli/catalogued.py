@@ -11,7 +11,7 @@ import yaml
 if TYPE_CHECKING:
     from hybridengine.plugin import Listing, Traits
 
-__all__ = ["describe", "example", "overview"]
+__all__ = ["OWN", "describe", "example", "overview"]
 
 OWN = "hybridengine"
 """The distribution whose plugins `list` may import: it is running already."""
@@ -19,7 +19,14 @@ OWN = "hybridengine"
 
 def overview(listing: Listing, import_it: bool) -> dict[str, Any]:
     """One plugin for a list. What needs its class is None where it was not imported; `error` says why that failed."""
-    row: dict[str, Any] = {"name": listing.name, "kind": None, "family": None, "hooks": None, "summary": None}
+    row: dict[str, Any] = {
+        "name": listing.name,
+        "kind": None,
+        "family": None,
+        "hooks": None,
+        "summary": None,
+        "cost": None,
+    }
     row |= {"distribution": listing.distribution, "version": listing.version, "error": None}
     if not import_it and listing.distribution != OWN:
         return row
@@ -30,7 +37,8 @@ def overview(listing: Listing, import_it: bool) -> dict[str, Any]:
     except PluginError as error:
         return {**row, "error": str(error)}
     traits = _traits(cls)
-    return {**row, "kind": traits.kind, "family": traits.family, "hooks": _hooks(cls), "summary": _summary(cls)}
+    told = {"kind": traits.kind, "family": traits.family, "hooks": _hooks(cls), "summary": _summary(cls)}
+    return {**row, **told, "cost": traits.cost if traits.kind == "method" else None}
 
 
 def describe(listing: Listing) -> dict[str, Any]:

@@ -10,14 +10,17 @@ from hybridengine.config.model import (
     TrainConfig,
     split_entry,
 )
+from hybridengine.config.presets import PRESETS, Preset
 from hybridengine.config.source import Source, apply_overrides, check_config, describe, load_config, read_source
 
 __all__ = [
+    "PRESETS",
     "Config",
     "DataConfig",
     "EvaluateConfig",
     "LogConfig",
     "ModelConfig",
+    "Preset",
     "Section",
     "Source",
     "TrainConfig",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from hybridengine.config.presets import expand
 
 __all__ = [
     "Config",
@@ -123,6 +125,9 @@ class Config(Section):
     methods: list[str | dict[str, dict[str, Any] | None]] = Field(
         default_factory=list, description="the stack: method names, or {name: {parameters}}; order does not matter"
     )
+    preset: Literal["cheap", "few-shot", "low-resource", "robust"] | None = Field(
+        None, description="named stack whose methods are added to `methods`, where they stand from then on"
+    )
     output: str = Field("runs/run", min_length=1, description="folder of the run")
     resume: str = Field("auto", description="auto | never | path of a checkpoint")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
@@ -134,6 +139,16 @@ class Config(Section):
     objects: list[dict[str, dict[str, Any]]] = Field(
         default_factory=list, description="method objects that Python gave, by name; recorded by the engine"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        return expand(values) if isinstance(values, dict) else values
+
+    @field_validator("preset")
+    @classmethod
+    def _expanded(cls, value: str | None) -> None:
+        """A recorded config lists the methods themselves: a later version may have another preset of the name."""
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -1,5 +1,6 @@
 """Pretrained models: loading them, what they can do, and how deep each parameter stands."""
 
+from hybridengine.model.adapters import linear_targets, named, new_heads, task_type, transposed, wrap_by_peft
 from hybridengine.model.depth import parameter_levels
 from hybridengine.model.loading import (
     capabilities_of,
@@ -15,9 +16,15 @@ __all__ = [
     "capabilities_of",
     "choose_device",
     "hub_or_cache",
+    "linear_targets",
     "load_model",
     "load_model_config",
     "load_tokenizer",
+    "named",
+    "new_heads",
     "parameter_levels",
     "quiet",
+    "task_type",
+    "transposed",
+    "wrap_by_peft",
 ]

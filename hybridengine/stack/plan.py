@@ -51,6 +51,7 @@ class Plan:
     members: list[dict[str, Any]]
     features: bool = False  # whether a method reads hidden states
     logits: bool = False  # whether a method reads logits beyond their cross-entropy
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # rows and label counts of the user's data
     memory: dict[str, Any] = field(default_factory=dict)
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
@@ -67,14 +68,20 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config, methods: Sequence[Method], total_steps: int, has_unlabelled: bool = False) -> Plan:
-    """Trace one step of every phase on the toy model; nothing of the user's is loaded or written."""
+def make_plan(
+    config: Config, methods: Sequence[Method], total_steps: int, splits: Mapping[str, Mapping[str, Any]] | None = None
+) -> Plan:
+    """Trace one step of every phase on the toy model; nothing of the user's is loaded or written.
+
+    Args:
+        splits: what the data card says of each split of the user's data.
+    """
     copies = [copy.copy(m) for m in methods]
     for member in copies:
         member.plugin = copy.deepcopy(member.plugin)
     hooks = Hooks(copies)
     run, features = toy_run(config, *_toy_size(config, copies))
-    if not has_unlabelled:
+    if "unlabelled" not in (splits or {}):
         run.splits.pop("unlabelled")
     run.total_steps = total_steps
     hooks.notify("on_run_start", run)
@@ -95,6 +102,7 @@ def make_plan(config: Config, methods: Sequence[Method], total_steps: int, has_u
         phases.append(_phase(start, copies, ctx.trace.events, rows))
     members = [_member(m) for m in hooks.methods]
     plan = Plan(_layers(hooks), phases, rows, stacked, total_steps, members, ctx.trace.features, ctx.trace.logits)
+    plan.splits = {k: {"rows": split["rows"], "labels": split["labels"]} for k, split in (splits or {}).items()}
     plan.kernels = [row._asdict() for row in kernels.explain()]
     return plan
 

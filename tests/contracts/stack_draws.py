@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_runs import LABELS, checkpoint
 from torch import Tensor
 
-from hybridengine.plugin import Run, Traits, hook
+from hybridengine.plugin import Catalogue, Run, Traits, hook
 from hybridengine.seams import Context, Work
 from hybridengine.seams.trace import summarise
 
@@ -83,6 +84,7 @@ PARAMETERS: dict[str, Parameters] = {
     "constant": _some(warmup=(0.0, 1)),
     "cosine": _some(floor=(0.0, 0.1)),
     "distill": _teacher,
+    "dora": _some(r=(2,), dropout=(0.0, 0.1)),
     "early-stopping": _some(patience=(5,)),
     "eda": _some(alpha=(0.2,), copies=(1, 2)),
     "ema": _some(decay=(0.5, 0.99)),
@@ -92,34 +94,50 @@ PARAMETERS: dict[str, Parameters] = {
     "freeze": _some(layers=(0, 1)),
     "full": _some(),
     "gradual-unfreeze": _some(steps=(1, 2)),
+    "ia3": _some(),
     "label-smoothing": _some(smoothing=(0.1, 0.3)),
     "linear": _some(warmup=(0.0, 1)),
     "llrd": _some(decay=(0.5, 0.9)),
     "lora": _some(r=(2,), dropout=(0.0, 0.1)),
+    "lora-plus": _some(r=(2,), ratio=(4.0,)),
     "lookahead": _some(steps=(1, 2), alpha=(0.5,)),
     "lp-ft": _some(steps=(1, 5)),
     "maml": _some(inner_steps=(1, 2), first_order=(False, True), inner_loss=("task", "full")),
     "neftune": _some(alpha=(0.3,)),
+    "peft": _some(kind=("OFT", "LoHa", "HRA"), options=({},)),
     "pgd": _some(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),
     "r3f": _some(sigma=(0.02,), noise=("normal", "uniform")),
     "rdrop": _some(alpha=(0.5, 1.0)),
     "reptile": _some(inner_steps=(2, 3)),
+    "rslora": _some(r=(2,), dropout=(0.0, 0.1)),
     "sam": _some(rho=(0.05,), adaptive=(False, True)),
     "sgd": _some(momentum=(0.0, 0.9)),
     "swa": _some(start=(0,), every=(1, 2)),
     "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
+    "vera": _some(r=(4,), dropout=(0.0, 0.1)),
     "weight-decay": _some(value=(0.1,)),
     "wsd": _some(shape=("linear", "sqrt")),
 }
 
 
+@functools.cache
+def traits_of(name: str) -> Traits:
+    found = getattr(Catalogue().find(name).load(), "traits", Traits())
+    assert isinstance(found, Traits)
+    return found
+
+
 @st.composite
-def stacks(draw: st.DrawFn) -> tuple[Ground, list[dict[str, Any]], dict[str, Any]]:
-    """A ground, 1 to 4 methods with parameters, and options of the `train` section."""
+def stacks(draw: st.DrawFn, least: int = 1) -> tuple[Ground, list[dict[str, Any]], dict[str, Any]]:
+    """A ground, `least` to 4 methods with parameters, and options of the `train` section."""
     ground = draw(st.sampled_from(GROUNDS))
-    names = draw(st.lists(st.sampled_from(sorted(PARAMETERS)), min_size=1, max_size=4, unique=True))
-    if {"maml", "reptile"} & set(names) and "episodes" not in names and draw(st.booleans()):
+    names = draw(st.lists(st.sampled_from(sorted(PARAMETERS)), min_size=least, max_size=4, unique=True))
+    if (
+        any("episodes" in traits_of(name).requires for name in names)
+        and "episodes" not in names
+        and draw(st.booleans())
+    ):
         names.append("episodes")  # else meta-learning would nearly always be refused
     methods = [{name: draw(PARAMETERS[name](ground))} for name in names]
     return ground, methods, {"accumulate": draw(st.sampled_from([1, 2])), "seed": draw(st.integers(0, 3))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,15 +10,13 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from stack_draws import GROUNDS, PARAMETERS, Ground, Probe, stacks
-from tiny_runs import StopAfter, run_config
+from matrix import PAGE, PAIR_GROUNDS, RESULT, covering_stacks
+from stack_checks import check, complete
+from stack_draws import GROUNDS, PARAMETERS, Ground, stacks, traits_of
+from support_page import page
 
-import hybridengine
-from hybridengine.engine import Engine
-from hybridengine.errors import HybridEngineError, Stopped
-from hybridengine.plugin import Catalogue, Traits
+from hybridengine.plugin import Catalogue
 
-STEPS = 3
 _DRAWS = {
     "database": None,
     "derandomize": True,
@@ -27,15 +24,6 @@ _DRAWS = {
     "phases": [Phase.generate],
     "suppress_health_check": list(HealthCheck),
 }
-_WAYS_OUT = ("remove ", "Remove ", "use ", "add ", "set ", "give ", "choose ", "lower ", "name it", "Valid names")
-
-
-def traits_of(name: str) -> Traits:
-    found = getattr(Catalogue().find(name).load(), "traits", Traits())
-    assert isinstance(found, Traits)
-    return found
-
-
 METHODS = sorted(name for name in Catalogue().names() if traits_of(name).kind == "method")
 
 
@@ -44,52 +32,13 @@ def test_every_shipped_method_is_drawn() -> None:
     assert set(PARAMETERS) == {name for name in METHODS if name in shipped}
 
 
-def refusal(engine: Engine, methods: list[dict[str, Any]]) -> str | None:
-    """The refusal of a stack, checked to name a member and a way out; None where it may train."""
-    try:
-        engine.validate()
-    except HybridEngineError as error:
-        lines = str(error).splitlines()
-        names = [next(iter(method)) for method in methods]
-        for line in lines:
-            assert any(name in line for name in names), f"{line!r} names none of {names}"
-            assert any(way in line for way in _WAYS_OUT), f"{line!r} shows no way out"
-        assert not engine.folder.exists(), "a refusal wrote something"
-        return str(error)
-    return None
-
-
-def planned(engine: Engine, step: int) -> dict[str, int]:
-    """The passes that the plan promises for a step."""
-    return [phase for phase in engine.plan().phases if phase.start <= step][-1].counts
-
-
-def config_of(ground: Ground, methods: list[dict[str, Any]], output: Path, **train: Any) -> dict[str, Any]:
-    task: Any = {"summarization": {"max_new_tokens": 4}} if ground.task == "summarization" else ground.task
-    options = {"max_steps": STEPS, "evaluate_every": 2, **train}
-    return run_config(methods, output, model=ground.model(), task=task, **options)
-
-
-def check(ground: Ground, methods: list[dict[str, Any]], output: Path, **train: Any) -> str | None:
-    """Train a stack and check what every run promises; returns the refusal, if it was refused."""
-    probe = Probe()
-    engine = Engine(config_of(ground, methods, output, **train), methods=[probe])
-    if (refused := refusal(engine, methods)) is not None:
-        return refused
-    summary = engine.train()
-    assert summary["status"] == "finished" and summary["steps"] == STEPS
-    assert probe.problems == []
-    assert probe.moved, "no weight of the model moved"
-    assert probe.passes == [planned(engine, step) for step in range(STEPS)]
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert all(math.isfinite(line["loss"]) for line in lines if line["kind"] == "train")
-    for method in methods:
-        name = next(iter(method))
-        if effect := traits_of(name).effect:
-            assert summary["methods"][name][effect]["mean"] > 0, f"{name} reports no {effect}"
-    row = {"tokens": ["mary", "visited"]} if ground.task == "token-classification" else "the movie was good"
-    assert len(hybridengine.load(output, methods=[Probe()]).predict([row, row])) == 2
-    return None
+def test_the_support_matrix_is_whole_and_its_page_is_what_it_says() -> None:
+    """Else: `python tests/contracts/matrix.py pairs`, then `... write`."""
+    results = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert results["methods"] == sorted(PARAMETERS), "the matrix lacks methods, or has some that are gone"
+    assert results["pairs"]["total"] == results["expected_pairs"] and results["stacks"]["total"] >= 2000
+    assert results["pairs"]["failed"] == results["stacks"]["failed"] == 0
+    assert PAGE.read_text(encoding="utf-8") == page(results)
 
 
 def drawn(stack: tuple[Ground, list[dict[str, Any]], dict[str, Any]], refused: list[bool]) -> None:
@@ -121,39 +70,15 @@ def test_random_stacks_train_or_are_refused() -> None:
     assert 0 < sum(refused) < len(refused)
 
 
-@pytest.mark.slow
-def test_many_random_stacks_train_or_are_refused() -> None:
-    refused: list[bool] = []
-
-    @settings(max_examples=220, **_DRAWS)
-    @given(stacks())
-    def run(stack: tuple[Ground, list[dict[str, Any]], dict[str, Any]]) -> None:
-        drawn(stack, refused)
-
-    run()
-    assert len(refused) >= 200 and 40 < sum(refused) < len(refused) - 40
+# Stacks in which together every pair that trains stands once; the whole is `python tests/contracts/matrix.py`.
+COVERING = covering_stacks()
+QUICK = 12
 
 
-def typical(name: str, ground: Ground) -> dict[str, Any]:
-    """A method with the first of its drawn parameters."""
-    import hypothesis
-
-    return {name: hypothesis.find(PARAMETERS[name](ground), lambda value: True)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", sorted(PARAMETERS))
-def test_every_pair_is_refused_or_makes_the_planned_passes(first: str, tmp_path: Path) -> None:
-    ground = GROUNDS[0]
-    for second in sorted(PARAMETERS)[sorted(PARAMETERS).index(first) + 1 :]:
-        methods = [typical(first, ground), typical(second, ground)]
-        if {"maml", "reptile"} & {first, second} and "episodes" not in (first, second):
-            methods.append(typical("episodes", ground))
-        output = tmp_path / second
-        probe = Probe()
-        engine = Engine(config_of(ground, methods, output), methods=[probe], cancel=StopAfter(2))
-        if refusal(engine, methods) is None:
-            with pytest.raises(Stopped):
-                engine.train()
-            assert probe.problems == [], second
-            assert probe.passes == [planned(engine, step) for step in range(2)], second
+@pytest.mark.parametrize(
+    "index",
+    [i if i % (len(COVERING) // QUICK) == 0 else pytest.param(i, marks=pytest.mark.slow) for i in range(len(COVERING))],
+)
+def test_every_pair_trains_within_a_larger_stack(index: int, tmp_path: Path) -> None:
+    ground = PAIR_GROUNDS["encoder"]
+    check(ground, complete(COVERING[index], ground), tmp_path / "run", max_steps=2)

@@ -157,7 +157,21 @@ def test_plugins_list_as_json_names_everything_installed(capsys: pytest.CaptureF
     assert code == 0 and sorted(rows) == Catalogue().names()
     fgm = rows["fgm"]
     assert (fgm["family"], fgm["kind"], fgm["distribution"]) == ("adversarial", "method", "hybridengine")
-    assert fgm["hooks"] == ["wrap_backward"] and fgm["summary"] and fgm["version"]
+    assert fgm["hooks"] == ["wrap_backward"] and fgm["summary"] and fgm["version"] and "pass" in fgm["cost"]
+
+
+def test_plugins_list_groups_by_family(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "plugins", "list")
+    lines = out.splitlines()
+    titles = [line for line in lines if line and not line.startswith(" ")]
+    assert titles == sorted(set(titles)) and {"adversarial methods", "data sources", "meta methods", "tasks"} <= set(
+        titles
+    )
+    found = lines.index("adversarial methods")
+    group = lines[found + 1 : lines.index("", found)]
+    assert group[0].split()[0] == "name" and group[0].endswith("cost")
+    names = [line.split()[0] for line in group[1:]]
+    assert names == sorted(names) and {"fgm", "freelb", "sam"} <= set(names)
 
 
 def test_plugins_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ FLOORS = [
     "predictor",
     "stages",
     "engine",
+    "suggest",
     "testing",
     "cli",
 ]

@@ -45,6 +45,7 @@ def test_not_further_from_float64_than_twice_torch(problem: Problem, isa: str) -
     check_on(isa, problem)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None)
 @given(problem=problems(), isa=st.sampled_from(ISAS))

@@ -58,6 +58,7 @@ def test_it_is_the_formula(impl: str, case: Any, isa: str) -> None:
     check(case, impl, isa)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=10_000, deadline=None)

@@ -47,6 +47,7 @@ def test_not_further_from_float64_than_twice_torch(case: Case, isa: str) -> None
     on_isa(isa, case)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @needs_native
 @in_one_process

@@ -147,6 +147,7 @@ def test_not_further_from_float64_than_twice_torch(case: Case, isa: str, mode: s
     check_on(case, isa, mode, chunk_rows)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None)
 @given(case=cases(), **ANY_SPLIT)

@@ -88,6 +88,7 @@ def test_within_the_bounds_of_rounding(problem: tuple[Tensor, Tensor, Tensor], a
     check(*problem, accumulate)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @settings(max_examples=1_000, deadline=None)
 @given(problem=problems(), accumulate=st.booleans())

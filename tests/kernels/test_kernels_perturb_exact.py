@@ -34,6 +34,7 @@ def test_it_is_the_exact_step(impl: str, case: Case, isa: str) -> None:
     check_on(case, impl, isa)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=10_000, deadline=None)

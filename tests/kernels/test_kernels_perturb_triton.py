@@ -38,6 +38,7 @@ def test_interpreted_it_is_the_exact_step(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.long
 @pytest.mark.slow
 def test_interpreted_it_is_the_exact_step_often(tmp_path: Path) -> None:
     assert int(run_script(tmp_path, "interpret", "1000", TRITON_INTERPRET="1")) >= 1000

@@ -105,6 +105,7 @@ def test_it_is_the_formula_and_back(impl: str, data: st.DataObject, isa: str) ->
     check(data.draw(moves(impl)), impl, isa)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=10_000, deadline=None)
@@ -229,6 +230,7 @@ def test_any_bits_come_back(impl: str, tensors: list[Tensor], isa: str) -> None:
     check_kept(tensors, impl, isa)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(max_examples=10_000, deadline=None)

@@ -39,7 +39,7 @@ def test_agree_with_float64_in_the_interpreter(every: int) -> None:
     assert run([script, str(every)], TRITON_INTERPRET="1") == "all pass\n"
 
 
-@pytest.mark.parametrize("examples", [pytest.param(100, marks=pytest.mark.slow), 20])
+@pytest.mark.parametrize("examples", [pytest.param(100, marks=[pytest.mark.long, pytest.mark.slow]), 20])
 def test_the_losses_from_end_to_end_in_the_interpreter(examples: int) -> None:
     script = str(ROOT / "tests" / "kernels" / "interpreted_losses.py")
     assert run([script, str(examples)], TRITON_INTERPRET="1") == "all pass\n"

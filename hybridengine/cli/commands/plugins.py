@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any
 
 import typer
@@ -21,29 +22,34 @@ def list_(
         typer.Option("--import", help="Also import plugins of other distributions, to tell their family and hooks."),
     ] = False,
 ) -> None:
-    """List every installed plugin.
+    """List every installed plugin, by family.
 
+    Tells what each does and what a step costs.
     Other distributions are read from their metadata, not imported.
     """
-    from hybridengine.cli.catalogued import overview
+    from hybridengine.cli.catalogued import OWN, overview
     from hybridengine.plugin import Catalogue
 
     rows = [overview(listing, import_all) for listing in Catalogue().all()]
     if as_json:
         console.print_json(rows)
         return
-    rows.sort(key=lambda row: (row["kind"] or "~", row["family"] or "~", row["name"]))
-    shown = [
-        (row["name"], row["kind"], row["family"], f"{row['distribution']} {row['version']}", _about(row))
-        for row in rows
-    ]
-    console.table(("name", "kind", "family", "distribution", "summary"), shown)
+    rows.sort(key=lambda row: (_title(row, own=OWN), row["name"]))
+    for number, (title, group) in enumerate(itertools.groupby(rows, lambda row: _title(row, own=OWN))):
+        console.line(("\n" if number else "") + title, style="bold")
+        console.table(("name", "what it does", "cost"), [(row["name"], *_about(row)) for row in group], indent="  ")
     if any(row["kind"] is None and row["error"] is None for row in rows):
         console.note("plugins of other distributions were not imported; --import or `plugins info NAME` tells more")
 
 
-def _about(row: dict[str, Any]) -> str:
-    return f"cannot be used: {row['error']}" if row["error"] else row["summary"] or ""
+def _title(row: dict[str, Any], own: str) -> str:
+    """`adversarial methods`; plugins of others stand apart, under their distribution."""
+    kinds = {None: "not imported", "method": f"{row['family']} methods", "task": "tasks", "data": "data sources"}
+    return kinds[row["kind"]] + ("" if row["distribution"] == own else f" of {row['distribution']} {row['version']}")
+
+
+def _about(row: dict[str, Any]) -> tuple[str, str]:
+    return (f"cannot be used: {row['error']}" if row["error"] else row["summary"] or ""), row["cost"] or ""
 
 
 @app.command("info")

@@ -1,29 +1,18 @@
-"""LoRA through PEFT: low-rank updates of chosen linear layers, the backbone frozen."""
+"""LoRA and its kin through PEFT: low-rank updates of chosen layers, the backbone frozen."""
 
 from __future__ import annotations
 
-import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from hybridengine.errors import ModelError
-from hybridengine.model import quiet
-from hybridengine.plugin import Band, Run, Traits, hook, parameter
-from hybridengine.seams import mix, seeded
+from hybridengine.model import linear_targets, new_heads, task_type, transposed, wrap_by_peft
+from hybridengine.plugin import Band, ParamGroup, Run, Traits, hook, parameter
 
-__all__ = ["LoRA"]
+__all__ = ["DoRA", "LoRA", "LoRAPlus", "RsLoRA"]
 
-_TASK_TYPES = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
+_CHOICES = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 
 
 @dataclass(eq=False)
@@ -50,6 +39,8 @@ class LoRA:
         combines="attacks, consistency, meta-learning, templates; not full",
     )
 
+    _variant: ClassVar[dict[str, Any]] = {}  # what kin changes in PEFT's config
+
     r: int = parameter(8, "rank of the updates", ge=1)
     alpha: float = parameter(16, "scale: updates count alpha / r times", gt=0)
     dropout: float = parameter(0.0, "dropout on the input of the updates", ge=0, lt=1)
@@ -67,10 +58,10 @@ class LoRA:
         Raises:
             ModelError: if a target names no layer of this model.
         """
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
-        heads = self._heads(run, model)
-        targets = self._targets(model, heads)
+        heads = new_heads(run, model) if self.heads is None else list(self.heads)
+        targets = linear_targets(model, heads, self.targets, _CHOICES, self.name)
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
@@ -78,71 +69,88 @@ class LoRA:
             target_modules=targets,
             modules_to_save=list(heads) or None,  # PEFT adds to the list it is given
             bias="none",
-            task_type=next((t for end, t in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None),
-            fan_in_fan_out=_transposed(model, targets),
+            task_type=task_type(model),
+            fan_in_fan_out=transposed(model, targets),
+            **self._variant,
         )
-        with quiet(), seeded(torch.default_generator, mix(run.seed, "lora")):  # PEFT draws A from it
-            adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = wrap_by_peft(run, model, "lora", config)
         whole = f"; {', '.join(heads)} trained in full" if heads else ""
-        run.say(f"lora: rank {self.r} on {_count(adapted)} layers{whole}")
+        count = sum(name.endswith("lora_A") for name, _ in adapted.named_modules())
+        run.say(f"{self.name}: rank {self.r} on {count} layers{whole}")
         return adapted
 
-    def _targets(self, model: Any, heads: list[str]) -> list[str]:
-        linear = [name for name, module in model.named_modules() if _is_linear(module)]
-        wanted = self.targets or _peft_choice(model)
-        for ending in wanted if self.targets else ():
-            if not any(_ends(name, ending) for name in linear):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-                raise ModelError(f"lora: no layer of this model is named {ending!r}; its linear layers are: {known}")
-        if any(_ends(name, ending) for name in linear for ending in wanted):
-            return list(wanted)
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        above = [name for name in linear if any(name == head or name.startswith(f"{head}.") for head in heads)]
-        chosen = [n for n in linear if n not in above and model.get_submodule(n) is not output]
-        if not chosen:
-            raise ModelError("lora: this model has no linear layer to adapt; remove `lora`")
-        return chosen
 
-    def _heads(self, run: Run, model: Any) -> list[str]:
-        """The topmost modules that are all new: the task's head, and what the checkpoint lacks (a pooler).
+@dataclass(eq=False)
+class RsLoRA(LoRA):
+    """LoRA whose scale falls with the root of the rank, so that high ranks learn as fast as low ones.
 
-        A pretrained language-model head is not among them: it is good as it is, and often tied to the embeddings.
-        """
-        if self.heads is not None:
-            return list(self.heads)
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        new = set(run.missing_parameters)
-        found: list[str] = []
-        for name, module in model.named_modules():
-            inside = [f"{name}.{key}" for key, _ in module.named_parameters()]
-            covered = any(name.startswith(f"{above}.") for above in found)
-            pretrained_output = output in module.modules() and not new.issuperset(inside)
-            if name and inside and not covered and not pretrained_output:
-                if all(key in new or any(fnmatch.fnmatchcase(key, p) for p in run.task.head) for key in inside):
-                    found.append(name)
-        return found
+    Maths: W + (alpha/√r)·B·A. With LoRA's alpha/r the update's gradient shrinks as r grows, and a high rank brings
+    nothing; with the root its size stays. At r = 1 the two are one.
+
+    Paper: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
+    Hooks: `transform_model`. Cost and combinations: as `lora`. Defaults: rank 32, where the difference shows; the
+    scale 16/√32 is 2.8.
+    """
+
+    name: ClassVar[str] = "rslora"
+    traits: ClassVar[Traits] = replace(LoRA.traits, paper="Kalajdzievski 2023, arXiv:2312.03732")
+    _variant: ClassVar[dict[str, Any]] = {"use_rslora": True}
+
+    r: int = parameter(32, "rank of the updates", ge=1)
+    alpha: float = parameter(16, "scale: updates count alpha / √r times", gt=0)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+@dataclass(eq=False)
+class DoRA(LoRA):
+    """Trains the length of each output's weights apart from their direction, which low-rank updates turn.
+
+    Maths: W' = m · (W + (alpha/r)·B·A) / ‖W + (alpha/r)·B·A‖, the norm over each output's weights, m trained from the
+    norms of W; so training starts at the pretrained function, up to rounding. The norm counts as a constant in the
+    gradient, as in the paper (section 4.3).
+
+    Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation".
+    Hooks: `transform_model`. Cost: as `lora`, and each adapted layer's B·A and norm are computed in every forward
+    pass: noticeably slower with small batches. Combinations: as `lora`.
+    """
+
+    name: ClassVar[str] = "dora"
+    traits: ClassVar[Traits] = replace(
+        LoRA.traits,
+        cost="as lora, and the norm of every adapted matrix in every forward pass",
+        paper="Liu et al. 2024, arXiv:2402.09353",
+    )
+    _variant: ClassVar[dict[str, Any]] = {"use_dora": True}
 
 
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
+@dataclass(eq=False)
+class LoRAPlus(LoRA):
+    """LoRA with a higher learning rate for B than for A.
+
+    Maths: η_A = η, η_B = ratio·η. A starts random and B at zero; in wide models equal rates leave A's share of the
+    change vanishing, so that B should move faster. New heads keep η.
+
+    Paper: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
+    Hooks: `transform_model`, `transform_param_groups`. Cost and combinations: as `lora`. Default ratio 16, the
+    paper's; choose the rate itself lower than for `lora`.
+    """
+
+    name: ClassVar[str] = "lora-plus"
+    traits: ClassVar[Traits] = replace(LoRA.traits, paper="Hayou et al. 2024, arXiv:2402.12354")
+
+    ratio: float = parameter(16.0, "learning rate of B in those of A", ge=1)
+
+    @hook
+    def transform_param_groups(self, run: Run, groups: list[ParamGroup]) -> list[ParamGroup]:
+        """Split each group: the matrices B apart."""
+        split = []
+        for group in groups:
+            faster = {name: value for name, value in group.parameters.items() if _is_b(name)}
+            rest = {name: value for name, value in group.parameters.items() if not _is_b(name)}
+            rate = group.options.get("lr", run.config.train.lr)
+            split += [ParamGroup(rest, **group.options)] if rest else []
+            split += [ParamGroup(faster, **{**group.options, "lr": self.ratio * rate})] if faster else []
+        return split
 
 
-def _peft_choice(model: Any) -> list[str]:
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as choices
-
-    choice = choices.get(getattr(getattr(model, "config", None), "model_type", ""), [])
-    return [] if isinstance(choice, str) else list(choice)
-
-
-def _transposed(model: nn.Module, targets: list[str]) -> bool:
-    """GPT2's Conv1D stores its weight the other way round."""
-    found = [m for name, m in model.named_modules() if any(_ends(name, ending) for ending in targets)]
-    return any(type(module).__name__ == "Conv1D" for module in found)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(name.endswith("lora_A") for name, _ in model.named_modules())
+def _is_b(name: str) -> bool:
+    return ".lora_B." in name or ".lora_embedding_B." in name
