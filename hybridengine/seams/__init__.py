@@ -2,6 +2,7 @@
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import kl_rows, sequence_norms
+from hybridengine.seams.likelihood import log_likelihoods
 from hybridengine.seams.precision import wide
 from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
@@ -27,6 +28,7 @@ __all__ = [
     "Work",
     "add_terms",
     "kl_rows",
+    "log_likelihoods",
     "mix",
     "permutation",
     "seeded",

@@ -30,7 +30,7 @@ from hybridengine.seams.precision import Precision
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import SimpleTask, make_batch, set_up, tiny_bert
 from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.adversarial.sam import SAM
+from hybridengine_plugins.adversarial.sam import ASAM, SAM
 
 
 def reference(rho: float, eta: float | None = None) -> Any:
@@ -59,8 +59,8 @@ def test_matches_the_paper(rho: float) -> None:
 
 
 def test_adaptive_matches_the_paper() -> None:
-    match(SAM(rho=0.5, adaptive=True), reference(0.5, 0.01))
-    match(SAM(rho=0.5, adaptive=True, eta=0.2), reference(0.5, 0.2))
+    match(ASAM(), reference(0.5, 0.01))
+    match(ASAM(rho=0.5, eta=0.2), reference(0.5, 0.2))
 
 
 class Quadratic(nn.Module):
@@ -187,7 +187,7 @@ def test_cost() -> None:
 
 
 def test_invariants() -> None:
-    for stack in (lambda: [SAM(rho=0.3)], lambda: [SAM(rho=0.3, adaptive=True)]):
+    for stack in (lambda: [SAM(rho=0.3)], lambda: [ASAM(rho=0.3)]):
         check_accumulation(stack)
         check_padding(stack)
         check_loss_scale(stack)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from hybridengine.plugin import Band, Traits, hook, parameter
 from hybridengine.seams import Context, Work, add_terms, sequence_norms, weighted_sum
 
-__all__ = ["FGM"]
+__all__ = ["FGM", "FGSM"]
 
 
 @dataclass(eq=False)
@@ -21,7 +21,7 @@ class FGM:
     With e the output of the embedding layer and g = dL/de at the clean input, norms per sequence over its
     perturbable tokens and all embedding sites:
 
-        delta = epsilon g / ||g||_2        (norm l2)        delta = epsilon sign(g)        (norm linf, FGSM)
+        delta = epsilon g / ||g||_2
         gradient = (1 - weight) dL(e)/dw + weight dL(e + delta)/dw
 
     One backward of the clean pass gives both its share of the gradient and dL/d delta. `weight: 1` trains on the
@@ -44,9 +44,10 @@ class FGM:
         combines="lora, rdrop, ema, episodes; with sam it costs 4x; not with another embedding attack",
     )
 
-    epsilon: float = parameter(0.1, "radius of the perturbation per sequence (linf: per coordinate)", ge=0)
+    _norm: ClassVar[Literal["l2", "linf"]] = "l2"
+
+    epsilon: float = parameter(0.1, "radius of the perturbation per sequence", ge=0)
     weight: float = parameter(0.5, "share of the adversarial gradient; 1 drops the clean one", gt=0, le=1)
-    norm: Literal["l2", "linf"] = parameter("l2", "l2, or linf for the sign of the gradient (FGSM)")
     start: int = parameter(0, "first optimizer step with the attack", ge=0)
 
     def active(self, step: int) -> bool:
@@ -70,7 +71,7 @@ class FGM:
             else:
                 loss = weighted_sum(ctx.task_loss(work.batch, at_leaves.view).terms, work.weights)
                 gradient = ctx.grad(loss, list(leaves.values()))
-            return ctx.ascend(work.batch, leaves, gradient, step_size=self.epsilon, norm=self.norm)
+            return ctx.ascend(work.batch, leaves, gradient, step_size=self.epsilon, norm=self._norm)
 
         delta = ctx.shared("fgm", work, attack)
         if self.weight < 1 and not clean:  # delta came from an outer method's earlier pass over this work
@@ -82,3 +83,27 @@ class FGM:
             gain = sum(adversarial.values()) / self.weight - sum(terms.values()) / (1 - self.weight)
             ctx.report(self, loss_gain=gain)
         return add_terms(*clean, adversarial)
+
+
+@dataclass(eq=False)
+class FGSM(FGM):
+    """Train on the clean input and on the input whose every embedding coordinate moved by the same length uphill.
+
+    With e the output of the embedding layer and g = dL/de at the clean input:
+
+        delta = epsilon sign(g)
+        gradient = (1 - weight) dL(e)/dw + weight dL(e + delta)/dw
+
+    All coordinates of a sequence move alike, however small their gradient, where `fgm` moves most what matters most.
+    As there, one backward of the clean pass gives both its share of the gradient and dL/d delta.
+
+    Hook: `wrap_backward`. Default: epsilon 0.001 a coordinate, in BERT-type models 0.1 in L2 for some 25 tokens, which
+    is `fgm`'s radius.
+    """
+
+    traits: ClassVar[Traits] = replace(
+        FGM.traits, paper="Goodfellow et al.: Explaining and Harnessing Adversarial Examples, ICLR 2015"
+    )
+    _norm: ClassVar[Literal["l2", "linf"]] = "linf"
+
+    epsilon: float = parameter(0.001, "size of the perturbation of each coordinate", ge=0)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from hybridengine.plugin import Band, Traits, hook, parameter
 from hybridengine.seams import Context, Work
 
-__all__ = ["SAM"]
+__all__ = ["ASAM", "SAM"]
 
 _MEASURE_EVERY = 10  # steps between measurements of the norm, each a pass over all weights
 
@@ -22,15 +22,13 @@ class SAM:
 
     With g = dL(w)/dw over all micro-batches of the step and the norm over all perturbed parameters:
 
-        e = rho g / ||g||                              (SAM)
-        e = rho T^2 g / ||T g||,    T = |w| + eta      (adaptive: ASAM, invariant to rescaled layers)
+        e = rho g / ||g||
         gradient = dL(w + e)/dw
 
     The weights are restored from a copy, to the bit. Where ||g|| is zero or not finite nothing is perturbed. The
     reported loss is that at w.
 
-    Hook: `wrap_gradient`. Defaults: rho 0.05 as in the paper (0.05 to 0.15 for language models; ASAM takes about ten
-    times as much).
+    Hook: `wrap_gradient`. Default: rho 0.05 as in the paper (0.05 to 0.15 for language models).
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -40,13 +38,11 @@ class SAM:
         effect="perturbation_norm",
         cost="the inner passes twice, and a copy of the trainable weights; 2x a plain step",
         state=1,
-        paper="Foret et al.: Sharpness-Aware Minimization, ICLR 2021; Kwon et al.: ASAM, ICML 2021",
+        paper="Foret et al.: Sharpness-Aware Minimization, ICLR 2021",
         combines="lora, ema, rdrop; it doubles the cost of an embedding attack; not with another weight perturbation",
     )
 
     rho: float = parameter(0.05, "radius of the neighbourhood", ge=0)
-    adaptive: bool = parameter(False, "ASAM: measure the radius relative to each weight's size")
-    eta: float = parameter(0.01, "what ASAM adds to each weight's size", ge=0)
 
     @hook
     def wrap_gradient(
@@ -57,7 +53,7 @@ class SAM:
         gradient = ctx.take_grads()
         weights = ctx.run.perturbed()
         uphill = {name: g for name, g in gradient.items() if name in weights}
-        moved = ctx.ascend_weights(uphill, rho=self.rho, rule="asam" if self.adaptive else "sam", eta=self.eta)
+        moved = ctx.ascend_weights(uphill, rho=self.rho, **self._rule())
         if not moved.usable:
             ctx.add_grads(gradient)
             return terms
@@ -68,3 +64,33 @@ class SAM:
             there = inner(ctx, works)
         ctx.report(self, loss_gain=sum(there.values()) - sum(terms.values()))
         return terms
+
+    def _rule(self) -> dict[str, Any]:
+        return {"rule": "sam"}
+
+
+@dataclass(eq=False)
+class ASAM(SAM):
+    """Minimise the loss of a neighbourhood that is as wide in each weight as the weight is large.
+
+    With g = dL(w)/dw over all micro-batches of the step, T = |w| + eta elementwise, and the norm over all perturbed
+    parameters:
+
+        e = rho T^2 g / ||T g||
+        gradient = dL(w + e)/dw
+
+    Networks that rescale one layer up and the next one down compute the same; their neighbourhoods are the same here,
+    but not with `sam`. The weights are restored to the bit. The reported loss is that at w.
+
+    Hook: `wrap_gradient`. Defaults: rho 0.5, about ten times `sam`'s, and eta 0.01, as in the paper.
+    """
+
+    traits: ClassVar[Traits] = replace(
+        SAM.traits, paper="Kwon et al.: ASAM: Adaptive Sharpness-Aware Minimization, ICML 2021"
+    )
+
+    rho: float = parameter(0.5, "radius of the neighbourhood, relative to the weights", ge=0)
+    eta: float = parameter(0.01, "what is added to each weight's size", ge=0)
+
+    def _rule(self) -> dict[str, Any]:
+        return {"rule": "asam", "eta": self.eta}
