@@ -36,6 +36,7 @@ class Episodes:
     traits: ClassVar[Traits] = Traits(
         family="meta",
         order=Band.META,
+        slots=("sampler",),
         requires=("labels", "functional"),
         provides=("episodes",),
         conflicts={
