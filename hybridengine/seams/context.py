@@ -48,6 +48,7 @@ class Context(Gradients):
         self._report = report
         self._live: Mapping[str, Tensor] | None = None
         self._memo: dict[tuple[str, int], Any] | None = None
+        self._features = False
 
     # ---- evaluating -------------------------------------------------------------------------------------------
 
@@ -63,6 +64,7 @@ class Context(Gradients):
             model: another module in place of the run's model (a teacher); its logits stay untransformed.
             features: also return the last hidden state.
         """
+        features = features or (self._features and model is None)
         if not self._stackable(batch, views):
             return [self._forward(batch, view, model, features) for view in views]
         whole = self._forward(*self._stacked(batch, views), model, features)
@@ -212,6 +214,15 @@ class Context(Gradients):
     def rng(self, stream: str, rows: Sequence[int]) -> KeyedRows:
         """Random numbers keyed by (seed, stream, optimizer step, row)."""
         return KeyedRows((self.run.seed, stream, self.run.step), rows)
+
+    @contextlib.contextmanager
+    def with_features(self) -> Iterator[None]:
+        """Evaluations inside also return the last hidden state, as if every caller of `outputs` had asked for it."""
+        before, self._features = self._features, True
+        try:
+            yield
+        finally:
+            self._features = before
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:

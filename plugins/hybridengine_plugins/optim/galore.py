@@ -32,6 +32,7 @@ class GaLore:
     `lora`, whose matrices are small already, it changes nothing.
     """
 
+    name: ClassVar[str] = "galore"
     traits: ClassVar[Traits] = Traits(
         family="optim",
         slots=("optimizer",),
