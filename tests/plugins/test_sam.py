@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plain import (
     EXACT,
     Plain,
+    Spy,
     apart,
     bert,
     check_accumulation,
@@ -23,6 +24,7 @@ from plain import (
     rows_of,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hybridengine.errors import NonFiniteError
 from hybridengine.seams import Batch, Context, Out, View
@@ -30,7 +32,7 @@ from hybridengine.seams.precision import Precision
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import SimpleTask, make_batch, set_up, tiny_bert
 from hybridengine_plugins.adversarial.fgm import FGM
-from hybridengine_plugins.adversarial.sam import ASAM, SAM
+from hybridengine_plugins.adversarial.sam import ASAM, AWP, GSAM, SAM
 
 
 def reference(rho: float, eta: float | None = None) -> Any:
@@ -56,6 +58,63 @@ def reference(rho: float, eta: float | None = None) -> Any:
 @pytest.mark.parametrize("rho", [0.05, 0.5])
 def test_matches_the_paper(rho: float) -> None:
     match(SAM(rho=rho), reference(rho))
+
+
+def of_kin(rho: float, alpha: float | None = None) -> Any:
+    """Zhuang et al., algorithm 1, where alpha is given; else Wu et al., equations 8 and 9 with one ascent step."""
+
+    def gradient(plain: Plain, batch: Batch, seed: int) -> dict[str, Tensor]:
+        g = plain.gradient(plain.loss(batch, seed))
+        whole = torch.cat([x.flatten() for x in g.values()]).norm()
+        kept = {k: p.detach().clone() for k, p in plain.parameters.items()}
+        with torch.no_grad():
+            for k, x in g.items():
+                plain.parameters[k] += rho * (x / whole if alpha is not None else kept[k].norm() * x / x.norm())
+        there = plain.gradient(plain.loss(batch, seed))
+        with torch.no_grad():
+            for k, value in kept.items():
+                plain.parameters[k].copy_(value)
+        if alpha is None:
+            return there
+        here, near = (torch.cat([x[k].flatten() for k in g]) for x in (g, there))
+        cosine = functional.cosine_similarity(here, near, dim=0)
+        parallel = cosine * here.norm() * near / near.norm()
+        total = near - alpha * (here - parallel)
+        parts = total.split([x.numel() for x in g.values()])
+        return {k: part.view_as(x) for (k, x), part in zip(g.items(), parts, strict=True)}
+
+    return gradient
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.4])
+def test_gsam_matches_the_paper(alpha: float) -> None:
+    match(GSAM(rho=0.3, alpha=alpha), of_kin(0.3, alpha))
+
+
+def test_gsam_without_alpha_is_sam() -> None:
+    batch = make_batch()
+    one, other = (gradients(lambda m=m: [m], [batch], bert()) for m in (GSAM(rho=0.3, alpha=0.0), SAM(rho=0.3)))
+    assert apart(one, other) == 0.0
+
+
+@pytest.mark.parametrize("gamma", [0.005, 0.1])
+def test_awp_matches_the_paper(gamma: float) -> None:
+    match(AWP(rho=gamma), of_kin(gamma))
+
+
+def test_awp_attacks_the_input_once() -> None:
+    batch = make_batch()
+    seen = {}
+    for method in (AWP(rho=0.2), SAM(rho=0.2)):
+        spy = Spy()
+        set_up([method, FGM(epsilon=1.0)], bert(0.0), batch, task=spy).gradients([batch])
+        (site,) = spy.deltas[1]
+        seen[type(method)] = spy.deltas[1][site], spy.deltas[3][site]  # clean, attacked, at w and at w + v
+    assert torch.equal(*seen[AWP]) and not torch.equal(*seen[SAM])
+
+
+def test_awp_starts_when_told() -> None:
+    assert [AWP(start=2).active(step) for step in range(4)] == [False, False, True, True]
 
 
 def test_adaptive_matches_the_paper() -> None:
@@ -187,7 +246,12 @@ def test_cost() -> None:
 
 
 def test_invariants() -> None:
-    for stack in (lambda: [SAM(rho=0.3)], lambda: [ASAM(rho=0.3)]):
+    for stack in (
+        lambda: [SAM(rho=0.3)],
+        lambda: [ASAM(rho=0.3)],
+        lambda: [AWP(rho=0.1)],
+        lambda: [GSAM(rho=0.3, alpha=0.3)],
+    ):
         check_accumulation(stack)
         check_padding(stack)
         check_loss_scale(stack)

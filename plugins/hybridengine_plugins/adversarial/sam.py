@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Context, Work
+from hybridengine.seams import Context, Work, wide
 
-__all__ = ["ASAM", "SAM"]
+__all__ = ["ASAM", "AWP", "GSAM", "SAM"]
 
 _MEASURE_EVERY = 10  # steps between measurements of the norm, each a pass over all weights
 
@@ -57,16 +58,26 @@ class SAM:
         if not moved.usable:
             ctx.add_grads(gradient)
             return terms
-        del gradient, uphill  # their memory is free for the second pass
+        kept = self._keep(uphill)
+        del gradient, uphill  # their memory is free for the second pass, unless a kin needs them
         with moved:
             if ctx.run.step % _MEASURE_EVERY == 0:
                 ctx.report(self, perturbation_norm=moved.distance())
             there = inner(ctx, works)
         ctx.report(self, loss_gain=sum(there.values()) - sum(terms.values()))
+        if kept:
+            self._combine(ctx, kept)
         return terms
 
     def _rule(self) -> dict[str, Any]:
         return {"rule": "sam"}
+
+    def _keep(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of the gradient at w is needed after the second pass."""
+        return {}
+
+    def _combine(self, ctx: Context, kept: dict[str, Tensor]) -> None:
+        """Make the step's gradient from that at w + e, in `.grad`, and what was kept."""
 
 
 @dataclass(eq=False)
@@ -94,3 +105,84 @@ class ASAM(SAM):
 
     def _rule(self) -> dict[str, Any]:
         return {"rule": "asam", "eta": self.eta}
+
+
+@dataclass(eq=False)
+class GSAM(SAM):
+    """SAM that also closes the gap between the loss nearby and the loss here, without climbing.
+
+    With g = dL(w)/dw and g_p = dL(w + e)/dw, e as in `sam`, norms and products over all perturbed parameters:
+
+        g_perp = g - (g . g_p) / ||g_p||^2 g_p        the part of g that leaves L(w + e) alone
+        gradient = g_p - alpha g_perp
+
+    The gap L(w + e) - L(w) measures sharpness better than L(w + e) itself; stepping uphill along g_perp narrows it. At
+    alpha 0 it is `sam`. The weights are restored to the bit. The reported loss is that at w.
+
+    Hook: `wrap_gradient`. Defaults: rho 0.05, alpha 0.1 (paper: 0.1 to 0.4).
+    """
+
+    traits: ClassVar[Traits] = replace(
+        SAM.traits,
+        cost="the inner passes twice, a copy of the trainable weights and of their gradient; 2x a plain step",
+        state=2,
+        paper="Zhuang et al.: Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022",
+    )
+
+    alpha: float = parameter(0.1, "step along the part of the gradient that only narrows the gap", ge=0)
+
+    def _keep(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        return gradient if self.alpha else {}
+
+    def _combine(self, ctx: Context, kept: dict[str, Tensor]) -> None:
+        near = ctx.take_grads()
+        both = [name for name in kept if name in near]
+        squares = sum(wide(near[name]).square().sum() for name in both)
+        product = sum((wide(kept[name]) * wide(near[name])).sum() for name in both)
+        share = product / squares if squares > 0 else 0.0 * product
+        rest = {name: wide(kept[name]) - share * wide(near[name]) for name in both}
+        if ctx.run.step % _MEASURE_EVERY == 0:
+            ctx.report(self, gap_norm=torch.nn.utils.get_total_norm(list(rest.values())))
+        ctx.add_grads({**near, **{name: wide(near[name]) - self.alpha * value for name, value in rest.items()}})
+
+
+@dataclass(eq=False)
+class AWP(SAM):
+    """Train at weights that are perturbed matrix by matrix, on the inputs that an attack inside has made.
+
+    With w_l a tensor, g_l its gradient over all micro-batches of the step:
+
+        v_l = gamma ||w_l|| g_l / ||g_l||
+        gradient = dL(w + v)/dw
+
+    An embedding attack inside finds its perturbation once, at w, and both passes train on it: the game of the paper,
+    in which input and weights are moved against the loss. Without an attack it is SAM by the tensor. Start late, when
+    the model fits. The weights are restored to the bit. The reported loss is that at w.
+
+    Hook: `wrap_gradient`. Default: gamma 0.005 as in the paper (0.001 to 0.01).
+    """
+
+    traits: ClassVar[Traits] = replace(
+        SAM.traits,
+        cost="the inner passes twice, an attack inside once, and a copy of the trainable weights; 2x a plain step",
+        paper="Wu, Xia, Wang: Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020",
+        combines="fgm, pgd, rdrop, ema, lora; not with another weight perturbation",
+    )
+
+    rho: float = parameter(0.005, "gamma: length of each tensor's move, relative to the tensor", ge=0)
+    start: int = parameter(0, "first optimizer step that is perturbed", ge=0)
+
+    def active(self, step: int) -> bool:
+        """Whether the weights are perturbed at this step."""
+        return step >= self.start
+
+    @hook
+    def wrap_gradient(
+        self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
+    ) -> Mapping[str, Tensor]:
+        """SAM's two passes; the attack inside is that of the first."""
+        with ctx.sharing():
+            return SAM.wrap_gradient(self, inner, ctx, works)
+
+    def _rule(self) -> dict[str, Any]:
+        return {"rule": "awp"}
