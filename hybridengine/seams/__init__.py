@@ -2,6 +2,7 @@
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import kl_rows, sequence_norms
+from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at
 from hybridengine.seams.precision import wide
 from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
@@ -13,6 +14,7 @@ __all__ = [
     "Context",
     "Draw",
     "Feature",
+    "InnerUpdate",
     "KeyedRows",
     "Metrics",
     "Out",
@@ -26,7 +28,10 @@ __all__ = [
     "View",
     "Work",
     "add_terms",
+    "distance",
+    "inner_loop",
     "kl_rows",
+    "leaves_at",
     "mix",
     "permutation",
     "seeded",

@@ -79,6 +79,7 @@ def _teacher(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
 PARAMETERS: dict[str, Parameters] = {
     "adafactor": _some(clip=(1.0, 2.0)),
     "adamw": _some(weight_decay=(0.0, 0.01)),
+    "anil": _some(inner_steps=(1, 2), first_order=(False, True)),
     "bitfit": _some(),
     "class-weights": _weights,
     "constant": _some(warmup=(0.0, 1)),
@@ -90,6 +91,7 @@ PARAMETERS: dict[str, Parameters] = {
     "ema": _some(decay=(0.5, 0.99)),
     "episodes": _some(ways=(2, 3), shots=(1,), queries=(2,), per_epoch=(12,), evaluation_episodes=(2,)),
     "fgm": _some(epsilon=(0.1, 1.0)),
+    "fomaml": _some(inner_steps=(1, 2), inner_loss=("task", "full")),
     "freelb": _some(steps=(2, 3), init=(0.0, 0.5), epsilon=(None, 0.3), norm=("l2", "linf")),
     "freeze": _some(layers=(0, 1)),
     "full": _some(),
@@ -106,6 +108,7 @@ PARAMETERS: dict[str, Parameters] = {
     "neftune": _some(alpha=(0.3,)),
     "peft": _some(kind=("OFT", "LoHa", "HRA"), options=({},)),
     "pgd": _some(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),
+    "prototypical": _some(metric=("euclidean", "cosine"), pooling=("mean", "first")),
     "r3f": _some(sigma=(0.02,), noise=("normal", "uniform")),
     "rdrop": _some(alpha=(0.5, 1.0)),
     "reptile": _some(inner_steps=(2, 3)),

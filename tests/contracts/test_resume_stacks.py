@@ -34,6 +34,8 @@ MORE: dict[str, dict[str, Any]] = {
         "max_steps": 9,
     },
     "reptile": {"methods": ["reptile", EPISODES], "accumulate": 2},
+    "anil": {"methods": [{"anil": {"inner_steps": 2}}, EPISODES], "accumulate": 2},
+    "prototypical": {"methods": ["prototypical", EPISODES], "accumulate": 2},
     "workers": {"methods": ["fgm"], "workers": 2, "accumulate": 2},
     "cosine+llrd+weight-decay": {"methods": ["cosine", "llrd", "weight-decay", "label-smoothing"]},
     "pgd+class-weights": {"methods": ["pgd", "class-weights"]},

@@ -53,7 +53,9 @@ class Episodes:
     evaluation_episodes: int = parameter(100, "fixed episodes of each evaluation split", ge=1)
     adapt_steps: int = parameter(5, "gradient steps on the support rows before a prediction", ge=0)
     adapt_lr: float = parameter(0.1, "step size of these steps; best that of the inner loop in training", gt=0)
-    adapt_parameters: list[str] = parameter(lambda: ["*"], "patterns of the parameters that these steps move")
+    adapt_parameters: list[str] = parameter(
+        list, "patterns of the parameters that these steps move; none: what the inner loop in training moves"
+    )
 
     _classes: list[str] = field(default_factory=list, init=False, repr=False)
 
@@ -143,19 +145,21 @@ class Episodes:
         if support is None or not self.adapt_steps:
             return inner(ctx, batch, view)
         own = {unit: 1 / max(count, 1) for unit, count in support.counts.items()}
-        chosen = {k: p for k, p in ctx.run.may_optimise.items() if "/" not in k and self._adapts(k)}
+        patterns = self.adapt_parameters or ctx.run.inner_patterns
+        mine = {k: p for k, p in ctx.run.may_optimise.items() if "/" not in k}
+        chosen = {k: p for k, p in mine.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in patterns)}
+        if not chosen:
+            return inner(ctx, batch, view)
+        move = ctx.run.inner_update or self._stepped
         fast: dict[str, Tensor] = {k: p.detach().requires_grad_() for k, p in chosen.items()}
         with torch.enable_grad():
             for step in range(self.adapt_steps):
                 out = ctx.task_loss(support, view.clean().with_params(fast).fork("adapt", step))
                 pairs = zip(fast.items(), ctx.grad(weighted_sum(out.terms, own), list(fast.values())), strict=True)
-                fast = {k: x if g is None else _stepped(x, g, self.adapt_lr) for (k, x), g in pairs}
+                moved = {k: x if g is None else move(step, k, x.detach(), g) for (k, x), g in pairs}
+                fast = {k: x.detach().requires_grad_() for k, x in moved.items()}
         adapted = {name: value.detach() for name, value in fast.items()}
         return inner(ctx, batch, view.with_params(adapted))
 
-    def _adapts(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.adapt_parameters)
-
-
-def _stepped(value: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    return (value.detach() - (rate * gradient).to(value.dtype)).requires_grad_()
+    def _stepped(self, step: int, name: str, value: Tensor, gradient: Tensor) -> Tensor:
+        return value - (self.adapt_lr * gradient).to(value.dtype)
