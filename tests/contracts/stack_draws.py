@@ -105,6 +105,8 @@ PARAMETERS: dict[str, Parameters] = {
     "lookahead": _some(steps=(1, 2), alpha=(0.5,)),
     "lp-ft": _some(steps=(1, 5)),
     "maml": _some(inner_steps=(1, 2), first_order=(False, True), inner_loss=("task", "full")),
+    "maml-plus-plus": _some(inner_steps=(1, 2), multi_step=(0, 2), first_order_steps=(0, 1)),
+    "meta-sgd": _some(inner_steps=(1, 2), first_order=(False, True)),
     "neftune": _some(alpha=(0.3,)),
     "peft": _some(kind=("OFT", "LoHa", "HRA"), options=({},)),
     "pgd": _some(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),
