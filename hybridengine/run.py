@@ -15,6 +15,7 @@ from hybridengine.config import Config
 from hybridengine.data.rows import Split, row_places
 from hybridengine.errors import ModelError
 from hybridengine.seams.first_position import FirstPosition
+from hybridengine.seams.inner import InnerUpdate
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.randomness import KeyedRows
 from hybridengine.seams.sites import Sites
@@ -100,7 +101,8 @@ class Run:
         self.greater_is_better = True
         self.modules: dict[str, nn.Module] = {}
         self.static_modules: set[str] = set()
-        self.inner_patterns: Sequence[str] = ("*",)
+        self.inner_patterns: Sequence[str] = ("*",)  # what inner loops adapt, in training and at test time
+        self.inner_update: InnerUpdate | None = None  # how, where a method learned it; at test time too
         self.load_model: Callable[[str], nn.Module] = self._cannot_load
         self._state: dict[str, dict[str, Any]] = {}
         self._optimised: dict[str, nn.Parameter] | None = None

@@ -58,7 +58,7 @@ class Evaluator:
     def evaluate(
         self, split: str, *, interval: bool = True, record: Callable[[list[str]], None] | None = None
     ) -> dict[str, Any]:
-        """Metrics of a split; `ci95` is the bootstrap interval of the main one.
+        """Metrics of a split; `ci95` is the bootstrap interval of the main one, over rows unless a method gave one.
 
         Args:
             record: takes one JSON line per row, e.g. to append them to a file.
@@ -82,7 +82,7 @@ class Evaluator:
         result.update({name: sums[name] / max(counts[name], 1) for name in sums if name not in result})
         result["main"] = run.config.evaluate.metric or run.task.metric
         result = self._hooks.transform("transform_metrics", run, result, expect=dict)
-        if interval:
+        if interval and "ci95" not in result:  # a sampler whose rows are no independent draws has its own
             bounds = bootstrap_interval(metrics, resamples=run.config.evaluate.resamples, seed=run.seed)
             result["ci95"] = None if bounds is None else list(bounds)
         if record is not None:

@@ -2,6 +2,7 @@
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import kl_rows, sequence_norms
+from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at
 from hybridengine.seams.likelihood import log_likelihoods
 from hybridengine.seams.precision import wide
 from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
@@ -14,6 +15,7 @@ __all__ = [
     "Context",
     "Draw",
     "Feature",
+    "InnerUpdate",
     "KeyedRows",
     "Metrics",
     "Out",
@@ -27,7 +29,10 @@ __all__ = [
     "View",
     "Work",
     "add_terms",
+    "distance",
+    "inner_loop",
     "kl_rows",
+    "leaves_at",
     "log_likelihoods",
     "mix",
     "permutation",

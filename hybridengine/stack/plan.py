@@ -137,13 +137,14 @@ def _toy_size(config: Config, methods: Sequence[Method]) -> tuple[int, int]:
 
 def _phase_starts(methods: Sequence[Method], total_steps: int) -> list[int]:
     scheduled = [m for m in methods if hasattr(m.plugin, "active")]
+    phased = [m.plugin for m in methods if hasattr(m.plugin, "phase")]
     starts, before = [], None
     for step in range(max(total_steps, 1)):
-        now = tuple(m.active(step) for m in scheduled)
+        now = (*(m.active(step) for m in scheduled), *(plugin.phase(step) for plugin in phased))
         if now != before:
             starts.append(step)
             before = now
-        if not scheduled:
+        if not scheduled and not phased:
             break
     return starts
 

@@ -22,6 +22,16 @@ REFUSED: dict[str, Refused] = {
     "full with lora": (["full", "lora"], {}, ("'full'", "'lora'", "'backbone'", "remove 'full' or 'lora'")),
     "maml without episodes": (["maml"], {}, ("'maml'", "'episodes'", "must come in episodes", "add `episodes:")),
     "reptile without episodes": (["reptile"], {}, ("'reptile'", "'episodes'", "add `episodes:")),
+    "prototypes where the head trains first": (
+        ["prototypical", EPISODES, "lp-ft"],
+        {},
+        ("'prototypical'", "'lp-ft'", "classifies nothing", "remove one of the two"),
+    ),
+    "prototypes and steps at test time": (
+        ["prototypical", {"episodes": {"ways": 2, "adapt_parameters": ["classifier*"]}}],
+        {},
+        ("prototypical", "no gradient steps", "remove `adapt_parameters`"),
+    ),
     "reptile over an inner attack": (
         ["reptile", EPISODES, "fgm"],
         {},

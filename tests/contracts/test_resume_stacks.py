@@ -34,6 +34,12 @@ MORE: dict[str, dict[str, Any]] = {
         "max_steps": 9,
     },
     "reptile": {"methods": ["reptile", EPISODES], "accumulate": 2},
+    "anil": {"methods": [{"anil": {"inner_steps": 2}}, EPISODES], "accumulate": 2},
+    "meta-sgd": {"methods": ["meta-sgd", EPISODES], "accumulate": 2},
+    "maml-plus-plus": {
+        "methods": [{"maml-plus-plus": {"inner_steps": 2, "multi_step": 3, "first_order_steps": 2}}, EPISODES]
+    },
+    "prototypical": {"methods": ["prototypical", EPISODES], "accumulate": 2},
     "workers": {"methods": ["fgm"], "workers": 2, "accumulate": 2},
     "cosine+llrd+weight-decay": {"methods": ["cosine", "llrd", "weight-decay", "label-smoothing"]},
     "pgd+class-weights": {"methods": ["pgd", "class-weights"]},

@@ -111,5 +111,5 @@ def test_trains_two_steps(name: str, checkpoints: dict[str, Path], workplace: Pa
     best = folder / f"stage-{len(summary['stages'])}" if "stages" in summary else folder
     assert (best / "report.html").is_file()
     row = {"tokens": ["Maria", "lives"]} if name == "token-classification" else "a good book"
-    if name != "maml-episodes":  # its classes are those of an episode
+    if not name.endswith("-episodes"):  # its classes are those of an episode
         assert len(load(best).predict([row])) == 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hybridengine.batches import Assembler
 from hybridengine.errors import DataError
 from hybridengine.plugin import Split
-from hybridengine.seams import View
+from hybridengine.seams import Prediction, View
 from hybridengine.stack.compose import evaluation
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_tokenizer
 from hybridengine_plugins.meta.episodes import Episodes
@@ -190,6 +190,36 @@ def test_rows_without_support_are_predicted_as_they_are():
     with evaluation(bench.ctx, bench.hooks), torch.no_grad():
         scores = bench.ctx.predict(bench.ctx, make_batch(), View()).scores
         assert torch.equal(scores, bench.ctx.outputs(make_batch(), [View()])[0].scores.softmax(-1))
+
+
+@pytest.mark.parametrize("main", ["accuracy", "loss"])
+def test_the_interval_resamples_episodes(main):
+    """Where every episode is all right or all wrong, it is that of so many coin throws, not of so many rows."""
+    method = Episodes(ways=2, shots=1, queries=2, adapt_steps=0)
+    bench = set_up([method], tiny_bert(num_labels=2), make_batch())
+    values = [1.0] * 30 + [0.0] * 10
+    for index, value in enumerate(values):
+        query = make_batch(4, 6, classes=2, first_row=4 * index)
+        hit = query.targets if value else 1 - query.targets
+        batch = replace(query, parts={"support": make_batch(2, 6, first_row=1000 + 2 * index), "query": query})
+        terms = {"loss": (torch.tensor(4 * value), "rows")}
+        made = Prediction(torch.nn.functional.one_hot(hit, 2).float(), terms=terms)
+        method.wrap_predict(lambda ctx, batch, view, made=made: made, bench.ctx, batch, View(key=0))
+    result = method.transform_metrics(bench.run, {"main": main, main: 0.75, "rows": 160})
+    assert result["episodes"] == 40
+    low, high = result["ci95"]
+    # 1.96 standard errors of 40 throws are 0.134; BCa's ends are skewed, by less than one episode's share each
+    assert abs((0.75 - low) - 0.134) < 0.03 and abs((high - 0.75) - 0.134) < 0.03
+    again = method.transform_metrics(bench.run, {"main": main, main: 0.75, "rows": 160})
+    assert "ci95" not in again  # what was counted belongs to one evaluation
+
+
+def test_metrics_that_are_no_mean_over_episodes_have_no_interval():
+    method = Episodes(ways=3, queries=1, adapt_steps=0)
+    bench = set_up([method], tiny_bert(num_labels=3), _batch())
+    method._episodes = {(0,): {"accuracy": 1.0}, (1,): {"accuracy": 0.0}}
+    result = method.transform_metrics(bench.run, {"main": "f1_macro", "f1_macro": 0.5, "rows": 6})
+    assert result["ci95"] is None and any("no interval" in note for note in bench.run.notes)
 
 
 WORDS = "good bad great awful fine poor happy sad love hate movie film book food phone plot cat dog man woman".split()

@@ -6,13 +6,15 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hybridengine.data import label_name
 from hybridengine.errors import DataError, StackError
+from hybridengine.evaluate import rows_interval
 from hybridengine.plugin import Band, Run, Split, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Draw, Prediction, View, permutation, weighted_sum
 
@@ -26,10 +28,11 @@ class Episodes:
     Maths: episode i of an epoch draws N distinct classes and K + Q distinct rows of each, as a function of (seed,
     split, epoch, i) alone; the numbering of the classes is random, so a head cannot learn names. One episode is one
     micro-batch, `train.accumulate` episodes make a step. Validation and test episodes are fixed; before each
-    prediction the model takes `adapt_steps` steps θ ← θ − adapt_lr·∇L_support(θ) and is as before afterwards.
+    prediction the model takes `adapt_steps` steps θ ← θ − adapt_lr·∇L_support(θ) and is as before afterwards. `ci95`
+    resamples episodes, not rows; the best weights are those of the best validation episodes.
 
     Paper: Vinyals et al. 2016, "Matching Networks for One Shot Learning" (episodic training).
-    Hooks: `transform_data`, `build_sampler`, `wrap_predict`. Cost: none in training, 3·adapt_steps
+    Hooks: `transform_data`, `build_sampler`, `wrap_predict`, `transform_metrics`. Cost: none in training, 3·adapt_steps
     per evaluated episode. Combines with `maml`, `reptile` and everything that does not count on fixed classes.
     """
 
@@ -51,11 +54,14 @@ class Episodes:
     shots: int = parameter(1, "support rows per class", ge=1)
     queries: int = parameter(5, "query rows per class", ge=1)
     per_epoch: int = parameter(100, "training episodes per epoch", ge=1)
-    evaluation_episodes: int = parameter(100, "fixed episodes of each evaluation split", ge=1)
+    evaluation_episodes: int = parameter(200, "fixed episodes of each evaluation split", ge=1)
     adapt_steps: int = parameter(5, "gradient steps on the support rows before a prediction", ge=0)
     adapt_lr: float = parameter(0.1, "step size of these steps; best that of the inner loop in training", gt=0)
-    adapt_parameters: list[str] = parameter(lambda: ["*"], "patterns of the parameters that these steps move")
+    adapt_parameters: list[str] = parameter(
+        list, "patterns of the parameters that these steps move; none: what the inner loop in training moves"
+    )
 
+    _episodes: dict[tuple[int, ...], dict[str, float]] = field(default_factory=dict, init=False, repr=False)
     _classes: list[str] = field(default_factory=list, init=False, repr=False)
 
     @hook
@@ -141,22 +147,48 @@ class Episodes:
     def wrap_predict(self, inner: Callable[..., Prediction], ctx: Context, batch: Batch, view: View) -> Prediction:
         """Predict the query rows with parameters adapted to the episode's support rows."""
         support = batch.parts.get("support")
-        if support is None or not self.adapt_steps:
+        if support is None:
             return inner(ctx, batch, view)
+        prediction = inner(ctx, batch, self._adapted(ctx, support, view))
+        if prediction is not None and prediction.scores is not None and batch.targets is not None:
+            right = prediction.scores.argmax(-1) == batch.targets
+            of = {"accuracy": float(right.double().mean())}
+            of.update({name: float(value) / batch.counts[unit] for name, (value, unit) in prediction.terms.items()})
+            self._episodes[(*support.rows, *batch.rows)] = of
+        return prediction
+
+    @hook
+    def transform_metrics(self, run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The interval over episodes: rows of one episode share their support rows and are no independent draws."""
+        found, self._episodes = list(self._episodes.values()), {}
+        if len(found) * self.ways * self.queries != metrics.get("rows"):
+            return metrics
+        main = metrics["main"]
+        ends = None
+        if all(main in of for of in found):
+            values = np.array([of[main] for of in found])
+            ends = rows_interval(values, resamples=run.config.evaluate.resamples, seed=run.seed)
+        else:
+            run.say(f"episodes: {main} is no mean over episodes, so it has no interval; accuracy and loss have one")
+        return {**metrics, "episodes": len(found), "ci95": None if ends is None else list(ends)}
+
+    def _adapted(self, ctx: Context, support: Batch, view: View) -> View:
         own = {unit: 1 / max(count, 1) for unit, count in support.counts.items()}
-        chosen = {k: p for k, p in ctx.run.may_optimise.items() if "/" not in k and self._adapts(k)}
+        patterns = self.adapt_parameters or ctx.run.inner_patterns
+        mine = {k: p for k, p in ctx.run.may_optimise.items() if "/" not in k}
+        chosen = {k: p for k, p in mine.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in patterns)}
+        if not chosen or not self.adapt_steps:
+            return view
+        move = ctx.run.inner_update or self._stepped
         fast: dict[str, Tensor] = {k: p.detach().requires_grad_() for k, p in chosen.items()}
         with torch.enable_grad():
             for step in range(self.adapt_steps):
                 out = ctx.task_loss(support, view.clean().with_params(fast).fork("adapt", step))
                 pairs = zip(fast.items(), ctx.grad(weighted_sum(out.terms, own), list(fast.values())), strict=True)
-                fast = {k: x if g is None else _stepped(x, g, self.adapt_lr) for (k, x), g in pairs}
+                moved = {k: x if g is None else move(step, k, x.detach(), g) for (k, x), g in pairs}
+                fast = {k: x.detach().requires_grad_() for k, x in moved.items()}
         adapted = {name: value.detach() for name, value in fast.items()}
-        return inner(ctx, batch, view.with_params(adapted))
+        return view.with_params(adapted)
 
-    def _adapts(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.adapt_parameters)
-
-
-def _stepped(value: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    return (value.detach() - (rate * gradient).to(value.dtype)).requires_grad_()
+    def _stepped(self, step: int, name: str, value: Tensor, gradient: Tensor) -> Tensor:
+        return value - (self.adapt_lr * gradient).to(value.dtype)

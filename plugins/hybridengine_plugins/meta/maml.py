@@ -1,20 +1,18 @@
-"""MAML and FOMAML: learn a start from which a few gradient steps on a support set suffice."""
+"""MAML, FOMAML and ANIL: learn a start from which a few gradient steps on a support set suffice."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from hybridengine.errors import ConfigError
 from hybridengine.plugin import Band, Run, Traits, hook, parameter
-from hybridengine.seams import Batch, Context, Work, weighted_sum
+from hybridengine.seams import Context, Work, distance, inner_loop, leaves_at
 
-__all__ = ["MAML"]
+__all__ = ["ANIL", "FOMAML", "MAML"]
 
 
 @dataclass(eq=False)
@@ -24,13 +22,14 @@ class MAML:
     Maths: θ₀ = θ, θ_{k+1} = θ_k − inner_lr·∇L_support(θ_k); the gradient of the step is
     (Π_k (I − inner_lr·H_k))ᵀ ∇L_query(θ_K). FOMAML (`first_order: true`) leaves out the Hessians H_k. The query pass
     runs on detached leaves and may run backward as often as an attack inside wants; then one vector-Jacobian product
-    pulls its gradient back through the inner loop (the cut). `inner_parameters: [classifier*]` gives ANIL.
+    pulls its gradient back through the inner loop (the cut).
 
     Paper: Finn, Abbeel, Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks".
     Hooks: `wrap_backward`. Cost per episode: 9K + 3 (first order 3K + 3) where a plain step costs 3. Combines with
     attacks and consistency (they act on the query rows; with `inner_loss: full` terms also inside), `sam`, `lora`.
     """
 
+    name: ClassVar[str] = "maml"
     traits: ClassVar[Traits] = Traits(
         family="meta",
         order=Band.META,
@@ -62,33 +61,76 @@ class MAML:
         """Adapt on the support rows, evaluate the query rows there, pull the gradient back."""
         support = work.batch.parts.get("support")
         if support is None:
-            raise ConfigError("maml: this batch has no support rows; add `episodes: {ways: N, shots: K}`")
-        adapted = self._adapt(ctx, work, support)
-        leaves = {name: value.detach().requires_grad_() for name, value in adapted.items()}
+            raise ConfigError(f"{self.name}: this batch has no support rows; add `episodes: {{ways: N, shots: K}}`")
+        base = {**ctx.run.adapted(), **(work.view.params or {})}
+        start = {name: base[name] for name in ctx.run.adapted()}
+        if not start:
+            raise ConfigError(
+                f"{self.name}: inner_parameters {list(ctx.run.inner_patterns)} match no trained parameter"
+            )
+        loss = None if self.inner_loss == "task" else lambda batch, view: ctx.loss(ctx, batch, view)
+        steps, first_order = self.inner_steps, self.first_order
+        path, before = inner_loop(
+            ctx, support, work.view, start, self._moved, steps=steps, first_order=first_order, loss=loss
+        )
+        ctx.report(self, support_loss=before, shift=distance(start, path[-1]))
+        leaves = leaves_at(path[-1])
         parts = {name: part for name, part in work.batch.parts.items() if name not in ("support", "query")}
         query = replace(work, batch=replace(work.batch, parts=parts), view=work.view.with_params(leaves))
         with ctx.no_sync():
             terms = inner(ctx, query)
-        ctx.pull_back(adapted, leaves)
+        ctx.pull_back(path[-1], leaves)
         return terms
 
-    def _adapt(self, ctx: Context, work: Work, support: Batch) -> dict[str, Tensor]:
-        base = {**ctx.run.adapted(), **(work.view.params or {})}
-        start: dict[str, Tensor] = {name: base[name] for name in ctx.run.adapted()}
-        if not start:
-            raise ConfigError(f"maml: inner_parameters {list(self.inner_parameters)} match no trained parameter")
-        loss = ctx.task_loss if self.inner_loss == "task" else lambda batch, view: ctx.loss(ctx, batch, view)
-        own = {unit: 1 / max(count, 1) for unit, count in support.counts.items()}
-        view, fast = work.view.clean(), dict(start)
-        for step in range(self.inner_steps):
-            with contextlib.nullcontext() if self.first_order else ctx.second_order():
-                out = loss(support, view.with_params(fast).fork("inner", step))
-                value = weighted_sum(out.terms, own)
-                grads = ctx.grad(value, list(fast.values()), create_graph=not self.first_order)
-            pairs = zip(fast.items(), grads, strict=True)
-            fast = {k: x if g is None else x - (self.inner_lr * g).to(x.dtype) for (k, x), g in pairs}
-            if step == 0:
-                ctx.report(self, support_loss=value)
-        moved = [(fast[k].detach() - x.detach()).flatten() for k, x in start.items()]
-        ctx.report(self, shift=torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(m) for m in moved])))
-        return fast
+    def _moved(self, step: int, name: str, value: Tensor, gradient: Tensor) -> Tensor:
+        return value - (self.inner_lr * gradient).to(value.dtype)
+
+
+@dataclass(eq=False)
+class FOMAML(MAML):
+    """First-order MAML: the query gradient at the adapted parameters, taken as if it were that at the start.
+
+    Maths: θ₀ = θ, θ_{k+1} = θ_k − inner_lr·∇L_support(θ_k); the gradient of the step is ∇L_query(θ_K): MAML with every
+    Hessian left out, which costs a third and works with fused attention. It is `maml: {first_order: true}` by name.
+
+    Paper: Finn, Abbeel, Levine 2017, section 5.2; Nichol et al. 2018, arXiv:1803.02999.
+    Hooks: those of `maml`. Cost per episode: 3K + 3. Combines with what `maml` does.
+    """
+
+    name: ClassVar[str] = "fomaml"
+    traits: ClassVar[Traits] = replace(
+        MAML.traits,
+        cost="3K + 3 per episode; a plain step costs 3",
+        paper="Finn, Abbeel, Levine 2017, arXiv:1703.03400",
+    )
+
+    first_order: bool = field(default=True, init=False, repr=False)
+
+
+@dataclass(eq=False)
+class ANIL(MAML):
+    """Almost no inner loop: the steps on the support rows move the head alone, the outer gradient trains everything.
+
+    Maths: θ = (body w, head h); h₀ = h, h_{k+1} = h_k − inner_lr·∇_h L_support(w, h_k); the gradient of the step is
+    that of L_query(w, h_K) by w and h, through the inner loop (`first_order` leaves that out). Inner gradients stop at
+    the head. Dropout differs in every inner step, hence each one encodes the support rows anew.
+
+    Paper: Raghu et al. 2020, "Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML".
+    Hooks: those of `maml`; `episodes` adapts the head alone at test time too. Cost per episode: 3K + 3, first order
+    K + 3. Combines with what `maml` does.
+    """
+
+    name: ClassVar[str] = "anil"
+    traits: ClassVar[Traits] = replace(
+        MAML.traits,
+        cost="up to 3K + 3 per episode, first order K + 3; a plain step costs 3",
+        paper="Raghu, Raghu, Bengio, Vinyals 2020, arXiv:1909.09157",
+    )
+
+    inner_steps: int = parameter(5, "gradient steps of the head on the support rows", ge=1)
+    inner_parameters: list[str] = parameter(list, "patterns of the head's parameters; none: the task's head")
+
+    @hook
+    def on_run_start(self, run: Run) -> None:
+        """Inner loops adapt the head, in the toy model of the plan too."""
+        run.inner_patterns = tuple(run.task.head if run.dry else self.inner_parameters or run.task.head)
