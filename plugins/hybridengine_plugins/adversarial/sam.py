@@ -61,7 +61,7 @@ class SAM:
         kept = self._keep(uphill)
         del gradient, uphill  # their memory is free for the second pass, unless a kin needs them
         with moved:
-            if ctx.run.step % _MEASURE_EVERY == 0:
+            if ctx.run.step % _MEASURE_EVERY < 2:  # at the first step LoRA's B is 0, and AWP moves it nowhere
                 ctx.report(self, perturbation_norm=moved.distance())
             there = inner(ctx, works)
         ctx.report(self, loss_gain=sum(there.values()) - sum(terms.values()))
