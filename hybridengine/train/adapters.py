@@ -67,7 +67,11 @@ def _save_base(model: Any, heads: list[str], folder: Path) -> None:
     Without PEFT, transformers reads over the adapter and says nothing: no numbers are better than wrong ones.
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}  # the copy is for its modules alone
-    base = copy.deepcopy(model, shared).unload()
+    adapted = copy.deepcopy(model, shared)
+    inside = adapted.get_base_model()
+    for head in heads:  # PEFT's unload of (IA)3, OFT and others fails where a head is no single layer (a pooler)
+        inside.set_submodule(head, inside.get_submodule(head).original_module)
+    base = adapted.unload()
     state = {
         key: torch.full_like(value, torch.nan)
         if value.is_floating_point() and any(key.startswith(f"{head}.") for head in heads)

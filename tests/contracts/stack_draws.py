@@ -39,7 +39,8 @@ class Ground:
 
     def model(self) -> str:
         """The checkpoint to tune: a language model, whose classification heads are new."""
-        return checkpoint(self.architecture, **(_DROPOUT[self.architecture] if self.dropout else {}))
+        head = "AutoModelForMaskedLM" if self.architecture == "bert" else None  # `template` needs one
+        return checkpoint(self.architecture, head, **(_DROPOUT[self.architecture] if self.dropout else {}))
 
     def teacher(self) -> str:
         """A checkpoint that was `trained` on this task."""

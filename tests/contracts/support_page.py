@@ -22,15 +22,21 @@ def page(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
         f"| pairs of {len(results['methods'])} methods | {pairs['total']:,} | {pairs['trains']:,} "
         f"| {pairs['refused']:,} | {pairs['failed']:,} |",
-        f"| random triples and quadruples | {stacks['total']:,} | {stacks['trains']:,} "
-        f"| {stacks['refused']:,} | {stacks['failed']:,} |",
+        *_random(stacks),
         "",
     ]
     for kind in results["refused"]:
         lines += [f"## On an {kind}" if kind[0] in "aeiou" else f"## On a {kind}", "", *_grid(results, kind), ""]
     lines += ["## Reasons", ""]
-    lines += [f"{index + 1}. {reason.replace(chr(10), ' ')}" for index, reason in enumerate(results["reasons"])]
+    lines += [f"{index + 1}. {'; '.join(reason.splitlines())}" for index, reason in enumerate(results["reasons"])]
     return "\n".join(lines) + "\n"
+
+
+def _random(stacks: dict[str, int]) -> list[str]:
+    if not stacks["total"]:
+        return []
+    shown = " | ".join(f"{stacks[key]:,}" for key in ("total", "trains", "refused", "failed"))
+    return [f"| random triples and quadruples | {shown} |"]
 
 
 def _grid(results: dict[str, Any], kind: str) -> list[str]:

@@ -37,6 +37,7 @@ class SupCon:
     traits: ClassVar[Traits] = Traits(
         family="regularize",
         requires=("labels",),
+        conflicts={"prototypical": "it measures distances of states that no loss returns; remove one of the two"},
         effect="contrast",
         cost="no extra passes; the last layer is computed at every position",
         paper="Khosla et al., NeurIPS 2020; Gunel et al.: Supervised Contrastive Learning for Pre-trained Language"
@@ -64,7 +65,8 @@ class SupCon:
         """The inner loss plus the contrast of its own hidden states."""
         with ctx.with_features():
             out = inner(ctx, batch, view)
-        assert out.features is not None and batch.targets is not None
+        if out.features is None or batch.targets is None:
+            raise StackError("supcon: the loss inside returned no hidden states or has no labels; remove supcon")
         contrast = _contrast(self._pooled(out.features, batch), batch.targets, self.temperature)
         ctx.report(self, contrast=contrast / batch.size)
         return replace(out, terms={**out.terms, "supcon": (self.weight * contrast, "rows")})
