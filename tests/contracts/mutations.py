@@ -14,8 +14,8 @@ SAM = "plugins/hybridengine_plugins/adversarial/sam.py"
 RDROP = "plugins/hybridengine_plugins/regularize/rdrop.py"
 DISTILL = "plugins/hybridengine_plugins/regularize/distill.py"
 EMA = "plugins/hybridengine_plugins/regularize/ema.py"
-MAML = "plugins/hybridengine_plugins/meta/maml.py"
 BASE = "hybridengine/seams/base.py"
+INNER = "hybridengine/seams/inner.py"
 CONTEXT = "hybridengine/seams/context.py"
 GRADIENTS = "hybridengine/seams/gradients.py"
 PRECISION = "hybridengine/seams/precision.py"
@@ -87,8 +87,8 @@ MUTATIONS = (
     ),
     Mutation(
         "first-order MAML",
-        MAML,
-        "create_graph=not self.first_order",
+        INNER,
+        "create_graph=not first_order",
         "create_graph=False",
         "tests/plugins/test_maml.py::test_closed_form_on_a_quadratic[1-False-1.0]",
     ),
