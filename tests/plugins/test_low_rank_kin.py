@@ -192,9 +192,9 @@ def test_any_adapter_of_peft_trains(kind):
     options = {
         "FourierFT": {"n_frequency": 20},
         "OFT": {"oft_block_size": 4},
-        "BOFT": {"boft_block_size": 4},
         "MISS": {"r": 4},
-    options |= {"VBLORA": {"vector_length": 4, "topk": 2, "num_vectors": 8}}
+        "VBLORA": {"vector_length": 4, "topk": 2, "num_vectors": 8},
+    }
     bench = set_up([Peft(kind=kind, options=options.get(kind, {}))], tiny_bert(num_labels=3), BATCH, lr=0.1)
     before = {k: v.detach().clone() for k, v in bench.run.model.named_parameters()}
     for _ in range(2):
