@@ -65,13 +65,15 @@ class L2SP:
     def wrap_step(
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
     ) -> Mapping[str, Tensor]:
-        """The inner step; every so often, how far the weights have come."""
+        """The inner step; every so often, how far what is pulled is from where it is pulled to."""
         start = self._start(ctx)
         terms = inner(ctx, works)
         if ctx.run.step % _MEASURE_EVERY == 0:
-            weights = ctx.run.optimised()
-            apart = [wide(weights[name].detach()) - value for name, value in start.items() if name in weights]
-            ctx.report(self, distance=torch.nn.utils.get_total_norm(apart))
+            weights = {name: wide(weight.detach()) for name, weight in ctx.run.optimised().items()}
+            apart = [weight - start[name] for name, weight in weights.items() if name in start]
+            apart += [weight for name, weight in weights.items() if self.beta and name not in start]
+            if apart:  # else a schedule holds everything that is pulled
+                ctx.report(self, distance=torch.nn.utils.get_total_norm(apart))
         return terms
 
     @staticmethod
