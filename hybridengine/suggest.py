@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
+from hybridengine.bench.memory import available
 from hybridengine.config import load_config, split_entry
 from hybridengine.engine import Engine
 from hybridengine.errors import ConfigError, StackError
+from hybridengine.model import choose_device
 from hybridengine.stack import Plan
 
 __all__ = ["Proposal", "Suggestion", "suggest"]
@@ -83,9 +83,9 @@ def _planned(values: dict[str, Any], budget: float) -> tuple[Plan | None, str]:
     except (StackError, ConfigError) as error:
         return None, str(error).splitlines()[0]
     cost = max(phase.relative_cost for phase in plan.phases)
-    return (
-        (plan, "") if cost <= budget else (None, f"a step would cost {cost:.2f} plain ones, the budget is {budget:g}")
-    )
+    if cost > budget:
+        return None, f"a step would cost {cost:.2f} plain ones, the budget is {budget:g}"
+    return plan, ""
 
 
 def _proposals(plan: Plan, values: Mapping[str, Any]) -> Iterator[Proposal]:
@@ -93,7 +93,7 @@ def _proposals(plan: Plan, values: Mapping[str, Any]) -> Iterator[Proposal]:
     rows, labels = plan.splits["train"]["rows"], plan.splits["train"]["labels"]
     names = {member["name"] for member in plan.members}
     whole = plan.memory.get("trainable", 0) == plan.memory.get("parameters", 1)
-    if whole and (needed := _bytes(plan)) > _ROOM * (free := _free_memory(values["train"]["device"])):
+    if whole and (needed := _bytes(plan)) > _ROOM * (free := available(choose_device(values["train"]["device"]))):
         yield Proposal(
             {"lora": {"r": 8}},
             f"weights, gradients and optimizer want {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; adapters"
@@ -126,12 +126,3 @@ def _proposals(plan: Plan, values: Mapping[str, Any]) -> Iterator[Proposal]:
 
 def _bytes(plan: Plan) -> int:
     return sum(count for name, count in plan.memory.items() if name.endswith("_bytes"))
-
-
-def _free_memory(device: str) -> int:
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.mem_get_info()[0]
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -10,7 +10,7 @@ from hybridengine.config.model import (
     TrainConfig,
     split_entry,
 )
-from hybridengine.config.presets import PRESETS, Preset
+from hybridengine.config.presets import PRESETS
 from hybridengine.config.source import Source, apply_overrides, check_config, describe, load_config, read_source
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "EvaluateConfig",
     "LogConfig",
     "ModelConfig",
-    "Preset",
     "Section",
     "Source",
     "TrainConfig",

@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-__all__ = ["PRESETS", "Preset", "expand"]
-
-
-class Preset(NamedTuple):
-    """A stack with what it is for, and why these methods."""
-
-    purpose: str
-    methods: tuple[str | dict[str, dict[str, Any]], ...]
-    why: str
+__all__ = ["PRESETS", "expand"]
 
 
-PRESETS: Mapping[str, Preset] = {
-    "cheap": Preset(
-        "little memory or time",
-        ({"lora": {"r": 8}}, "linear"),
-        "the frozen backbone needs no weight gradients and no optimizer state",
+Entry = str | dict[str, dict[str, Any]]
+
+PRESETS: Mapping[str, tuple[Entry, ...]] = {
+    # Little memory or time: a frozen backbone needs no weight gradients and no optimizer state.
+    "cheap": ({"lora": {"r": 8}}, "linear"),
+    # A few dozen rows: a new head is trained before it may distort the encoder, and little data is regularised.
+    "few-shot": (
+        {"lp-ft": {"steps": 20}},
+        {"linear": {"warmup": 0.1}},
+        {"label-smoothing": {"smoothing": 0.1}},
+        "rdrop",
     ),
-    "few-shot": Preset(
-        "a few dozen labelled rows",
-        ({"lp-ft": {"steps": 20}}, {"linear": {"warmup": 0.1}}, {"label-smoothing": {"smoothing": 0.1}}, "rdrop"),
-        "a new head is trained before it may distort the encoder, and little data is regularised",
-    ),
-    "low-resource": Preset(
-        "hundreds of labelled rows, any language",
-        ({"llrd": {"decay": 0.9}}, {"linear": {"warmup": 0.1}}, "rdrop", "ema"),
-        "lower layers, which hold the language, move least; the average of the weights steadies a short run",
-    ),
-    "robust": Preset(
-        "inputs that differ from the training rows",
-        ("fgm", "rdrop", "ema", "linear"),
-        "the worst small change of the embeddings is trained on, and predictions may not depend on dropout",
-    ),
+    # Hundreds of rows, any language: lower layers, which hold it, move least; an average steadies a short run.
+    "low-resource": ({"llrd": {"decay": 0.9}}, {"linear": {"warmup": 0.1}}, "rdrop", "ema"),
+    # Inputs unlike the training rows: the worst small change is trained on, and dropout may not change predictions.
+    "robust": ("fgm", "rdrop", "ema", "linear"),
 }
 
 
@@ -50,7 +37,7 @@ def expand(values: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None or not isinstance(methods, list):
         return dict(values)
     own = {_name(entry) for entry in methods}
-    return {**values, "methods": [*methods, *(copy.deepcopy(m) for m in preset.methods if _name(m) not in own)]}
+    return {**values, "methods": [*methods, *(copy.deepcopy(m) for m in preset if _name(m) not in own)]}
 
 
 def _name(entry: Any) -> str:

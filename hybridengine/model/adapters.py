@@ -40,11 +40,13 @@ def task_type(model: nn.Module) -> str | None:
     return next((kind for end, kind in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None)
 
 
-def new_heads(run: Run, model: Any) -> list[str]:
-    """The topmost modules that are all new: the task's head, and what the checkpoint lacks (a pooler).
+def new_heads(run: Run, model: Any, wanted: Sequence[str] | None = None) -> list[str]:
+    """The wanted modules, else the topmost that are all new: the task's head, and what the checkpoint lacks (a pooler).
 
     A pretrained language-model head is not among them: it is good as it is, and often tied to the embeddings.
     """
+    if wanted is not None:
+        return list(wanted)
     output = _output_layer(model)
     new = set(run.missing_parameters)
     found: list[str] = []

@@ -5,6 +5,7 @@ from hybridengine.model.depth import parameter_levels
 from hybridengine.plugin.catalogue import Catalogue, Listing
 from hybridengine.plugin.hookspecs import HookSpecs, hook
 from hybridengine.plugin.lengths import check_share, whole_steps
+from hybridengine.plugin.optimizer import GroupwiseOptimizer, split_hidden
 from hybridengine.plugin.stacking import Method, StackView
 from hybridengine.plugin.traits import Band, Traits, parameter
 from hybridengine.run import ParamGroup, Run
@@ -12,6 +13,7 @@ from hybridengine.run import ParamGroup, Run
 __all__ = [
     "Band",
     "Catalogue",
+    "GroupwiseOptimizer",
     "HookSpecs",
     "Listing",
     "Method",
@@ -24,5 +26,6 @@ __all__ = [
     "hook",
     "parameter",
     "parameter_levels",
+    "split_hidden",
     "whole_steps",
 ]

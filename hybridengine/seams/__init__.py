@@ -2,8 +2,9 @@
 
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import kl_rows, sequence_norms
-from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at
+from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at, queries_of, support_of
 from hybridengine.seams.likelihood import log_likelihoods
+from hybridengine.seams.pooling import pooled
 from hybridengine.seams.precision import wide
 from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
@@ -36,8 +37,11 @@ __all__ = [
     "log_likelihoods",
     "mix",
     "permutation",
+    "pooled",
+    "queries_of",
     "seeded",
     "sequence_norms",
+    "support_of",
     "weighted_sum",
     "wide",
 ]

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from hybridengine.errors import ConfigError
 from hybridengine.seams.context import Context
 from hybridengine.seams.types import Batch, Out, View, weighted_sum
 
-__all__ = ["InnerUpdate", "distance", "inner_loop", "leaves_at"]
+__all__ = ["InnerUpdate", "distance", "inner_loop", "leaves_at", "queries_of", "support_of"]
 
 InnerUpdate = Callable[[int, str, Tensor, Tensor], Tensor]
 """(step, name of the parameter, its value, its gradient) to the value after the step."""
+
+
+def support_of(batch: Batch, method: str) -> Batch:
+    """The support rows of an episode.
+
+    Raises:
+        ConfigError: the batch is no episode; `method` is named.
+    """
+    support = batch.parts.get("support")
+    if support is None:
+        raise ConfigError(f"{method}: this batch has no support rows; add `episodes: {{ways: N, shots: K}}`")
+    return support
+
+
+def queries_of(batch: Batch) -> Batch:
+    """An episode's query rows alone, as an ordinary batch with whatever other parts it has."""
+    return replace(batch, parts={name: part for name, part in batch.parts.items() if name not in ("support", "query")})
 
 
 def inner_loop(

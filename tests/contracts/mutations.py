@@ -230,7 +230,7 @@ MUTATIONS = (
     Mutation(
         "schedule-free evaluates the training weights",
         "plugins/hybridengine_plugins/optim/schedule_free.py",
-        "1 - 1 / beta1",
+        '1 - 1 / self.defaults["betas"][0]',
         "0.0",
         "tests/plugins/test_optimizers.py::test_evaluation_sees_the_average_and_training_goes_on_from_its_own_weights",
     ),
@@ -278,7 +278,7 @@ MUTATIONS = (
     ),
     Mutation(
         "padding counts in a text's state",
-        "plugins/hybridengine_plugins/regularize/supcon.py",
+        "hybridengine/seams/pooling.py",
         "(states * weights).sum(1) / weights.sum(1).clamp_min(1)",
         "states.mean(1)",
         "tests/plugins/test_supcon.py::test_padding_and_loss_scale",

@@ -25,7 +25,7 @@ def config(methods: list[Any], output: Path, preset: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_trains_and_its_methods_are_recorded(name: str, tmp_path: Path) -> None:
     engine = Engine(config([], tmp_path / "run", name))
-    expected = [split_entry(entry) for entry in PRESETS[name].methods]
+    expected = [split_entry(entry) for entry in PRESETS[name]]
     assert engine.config.method_entries == expected
     assert engine.train()["status"] == "finished"
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))

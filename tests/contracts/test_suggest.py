@@ -54,7 +54,7 @@ def test_own_methods_stay_and_what_they_exclude_is_left_out_with_the_reason(conf
 
 
 def test_little_memory_speaks_for_adapters(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybridengine.suggest, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(hybridengine.suggest, "available", lambda device: 1000)
     assert names(suggest(config))[0] == "lora"
     assert "lora" not in names(suggest({**config, "methods": ["bitfit"]}))
 

@@ -53,7 +53,7 @@ def test_few_shot_keeps_k_rows_of_each_class(shots: int, seed: int, validation: 
         assert Counter(row["label"] for row in split.rows) == wanted
         places = [run.splits[name].where(i) for i, row in enumerate(run.splits[name].rows) if row in split.rows]
         assert [split.where(i) for i in range(len(split))] == places  # in the old order, origins kept
-    more = FewShot(shots + 0, validation).transform_data(run_of(labelled(a=9, b=5, c=20), seed), run.splits)
+    more = FewShot(shots, validation).transform_data(run_of(labelled(a=9, b=5, c=20), seed), run.splits)
     assert more["train"].rows == out["train"].rows
 
 

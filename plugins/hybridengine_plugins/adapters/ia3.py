@@ -54,7 +54,7 @@ class IA3:
         """
         from peft import IA3Config
 
-        heads = new_heads(run, model) if self.heads is None else list(self.heads)
+        heads = new_heads(run, model, self.heads)
         targets = linear_targets(model, heads, self.targets, "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING", "ia3")
         config = IA3Config(
             target_modules=targets,

@@ -60,7 +60,7 @@ class LoRA:
         """
         from peft import LoraConfig
 
-        heads = new_heads(run, model) if self.heads is None else list(self.heads)
+        heads = new_heads(run, model, self.heads)
         targets = linear_targets(model, heads, self.targets, _CHOICES, self.name)
         config = LoraConfig(
             r=self.r,

@@ -97,11 +97,12 @@ class Peft:
         kind = self.kind.upper()
         cls = next(config for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(key.value) == kind)
         fields = {f.name for f in dataclasses.fields(cls)}
-        heads = new_heads(run, model) if self.heads is None else list(self.heads)
+        heads = new_heads(run, model, self.heads)
         values = self._values(model, kind, heads)
         try:
             config = cls(**{k: v for k, v in values.items() if k in fields}, **self.options)
             adapted = wrap_by_peft(run, model, f"peft {kind}", config)
+        # How PEFT's kinds refuse: no such option, a wrong value, a layer they cannot adapt, a package that is missing.
         except (TypeError, ValueError, NotImplementedError, AssertionError, ImportError) as error:
             raise ModelError(
                 f"peft: {kind} cannot adapt this model with {self.options}: {error}; change `options` or `targets`,"

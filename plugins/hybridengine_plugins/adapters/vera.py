@@ -56,7 +56,7 @@ class VeRA:
         """
         from peft import VeraConfig
 
-        heads = new_heads(run, model) if self.heads is None else list(self.heads)
+        heads = new_heads(run, model, self.heads)
         targets = linear_targets(
             model, heads, self.targets, "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING", "vera"
         )

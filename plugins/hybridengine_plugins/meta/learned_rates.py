@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hybridengine.errors import ConfigError
 from hybridengine.plugin import Band, ParamGroup, Run, Traits, hook, parameter
-from hybridengine.seams import Context, Work, add_terms, distance, inner_loop, leaves_at
+from hybridengine.seams import Context, Work, add_terms, distance, inner_loop, leaves_at, queries_of, support_of
 
 __all__ = ["MAMLPlusPlus", "MetaSGD"]
 
@@ -103,9 +103,7 @@ class MetaSGD:
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, work: Work
     ) -> Mapping[str, Tensor]:
         """Adapt on the support rows, evaluate the query rows on the way, pull the gradients back."""
-        support = work.batch.parts.get("support")
-        if support is None:
-            raise ConfigError(f"{self.name}: this batch has no support rows; add `episodes: {{ways: N, shots: K}}`")
+        support = support_of(work.batch, self.name)
         base = {**ctx.run.adapted(), **(work.view.params or {})}
         start = {name: base[name] for name in ctx.run.adapted() if name in self._rates}
         if not start:
@@ -114,14 +112,14 @@ class MetaSGD:
         path, before = inner_loop(
             ctx, support, work.view, start, self._moved, steps=self.inner_steps, first_order=first_order
         )
-        parts = {name: part for name, part in work.batch.parts.items() if name not in ("support", "query")}
+        rows = queries_of(work.batch)
         adapted, reached, terms = {}, {}, {}
         with ctx.no_sync():
             for index, (point, weight) in enumerate(zip(path, self._weights(ctx.run.step), strict=True)):
                 if not weight:
                     continue
                 leaves = leaves_at(point)
-                query = replace(work, batch=replace(work.batch, parts=parts), view=work.view.with_params(leaves))
+                query = replace(work, batch=rows, view=work.view.with_params(leaves))
                 terms = add_terms(terms, inner(ctx, query if weight == 1 else query.scaled(weight)))
                 adapted.update({f"{index} {k}": x for k, x in point.items()})
                 reached.update({f"{index} {k}": x for k, x in leaves.items()})

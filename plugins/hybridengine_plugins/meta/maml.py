@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridengine.errors import ConfigError
 from hybridengine.plugin import Band, Run, Traits, hook, parameter
-from hybridengine.seams import Context, Work, distance, inner_loop, leaves_at
+from hybridengine.seams import Context, Work, distance, inner_loop, leaves_at, queries_of, support_of
 
 __all__ = ["ANIL", "FOMAML", "MAML"]
 
@@ -59,9 +59,7 @@ class MAML:
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, work: Work
     ) -> Mapping[str, Tensor]:
         """Adapt on the support rows, evaluate the query rows there, pull the gradient back."""
-        support = work.batch.parts.get("support")
-        if support is None:
-            raise ConfigError(f"{self.name}: this batch has no support rows; add `episodes: {{ways: N, shots: K}}`")
+        support = support_of(work.batch, self.name)
         base = {**ctx.run.adapted(), **(work.view.params or {})}
         start = {name: base[name] for name in ctx.run.adapted()}
         if not start:
@@ -75,8 +73,7 @@ class MAML:
         )
         ctx.report(self, support_loss=before, shift=distance(start, path[-1]))
         leaves = leaves_at(path[-1])
-        parts = {name: part for name, part in work.batch.parts.items() if name not in ("support", "query")}
-        query = replace(work, batch=replace(work.batch, parts=parts), view=work.view.with_params(leaves))
+        query = replace(work, batch=queries_of(work.batch), view=work.view.with_params(leaves))
         with ctx.no_sync():
             terms = inner(ctx, query)
         ctx.pull_back(path[-1], leaves)

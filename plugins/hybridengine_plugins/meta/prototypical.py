@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from hybridengine.errors import ConfigError, StackError
 from hybridengine.plugin import Band, Run, StackView, Traits, hook, parameter
-from hybridengine.seams import Batch, Context, Out, Prediction, View
+from hybridengine.seams import Batch, Context, Out, Prediction, View, pooled, support_of
 
 __all__ = ["Prototypical"]
 
@@ -101,9 +101,7 @@ class Prototypical:
 
     def _outputs(self, ctx: Context, batch: Batch, view: View) -> Out:
         """Logits `[B, N]` of a batch with a part `support`."""
-        support = batch.parts.get("support")
-        if support is None:
-            raise ConfigError("prototypical: this batch has no support rows; add `episodes: {ways: N, shots: K}`")
+        support = support_of(batch, "prototypical")
         rows = self._embedded(ctx, support, view.clean().fork("support"))[0]
         queries, out = self._embedded(ctx, batch, view)
         member = functional.one_hot(support.targets, len(ctx.run.labels)).to(rows.dtype)  # [S, N]
@@ -118,11 +116,7 @@ class Prototypical:
             raise StackError(
                 "prototypical: this model gives no hidden state for each token of its input; use an encoder or decoder"
             )
-        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-        if self.pooling == "first":
-            return hidden[:, 0], out
-        weight = mask.to(hidden.dtype)[..., None]
-        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1), out
+        return pooled(hidden, mask, self.pooling), out
 
     def _logits(self, queries: Tensor, centres: Tensor) -> Tensor:
         if self.metric == "cosine":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hybridengine.errors import ConfigError
 from hybridengine.plugin import Band, Run, Traits, hook, parameter
-from hybridengine.seams import Context, Work, weighted_sum
+from hybridengine.seams import Context, Work, queries_of, support_of, weighted_sum
 
 __all__ = ["Reptile"]
 
@@ -57,14 +57,11 @@ class Reptile:
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, work: Work
     ) -> Mapping[str, Tensor]:
         """Travel, and add the way to `.grad`."""
-        support = work.batch.parts.get("support")
+        support = support_of(work.batch, "reptile")
         start = ctx.run.adapted()
-        if support is None:
-            raise ConfigError("reptile: this batch has no support rows; add `episodes: {ways: N, shots: K}`")
         if not start:
             raise ConfigError(f"reptile: inner_parameters {list(self.inner_parameters)} match no trained parameter")
-        parts = {name: part for name, part in work.batch.parts.items() if name not in ("support", "query")}
-        rounds = (support, replace(work.batch, parts=parts))
+        rounds = (support, queries_of(work.batch))
         weight, terms = work.weights["episodes"], {}
         view = work.view.clean()
         fast: dict[str, Tensor] = {name: nn.Parameter(p.detach()) for name, p in start.items()}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hybridengine.plugin import ParamGroup, Run, Traits, hook, parameter
+from hybridengine.plugin import GroupwiseOptimizer, ParamGroup, Run, Traits, hook, parameter, split_hidden
 
 __all__ = ["GaLore", "GaLoreAdamW"]
 
@@ -53,29 +51,15 @@ class GaLore:
     @hook
     def build_optimizer(self, run: Run, groups: list[ParamGroup]) -> torch.optim.Optimizer:
         """Groups may override `lr` and `weight_decay`."""
-        whole = {id(p) for m in run.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        entries: list[dict[str, Any]] = []
-        projected = 0
-        for group in groups:
-            named = group.parameters.items()
-            head = {id(p) for name, p in named if any(fnmatch.fnmatchcase(name, part) for part in run.task.head)}
-            for entry in group.with_undecayed_vectors():
-                low = [p for p in entry["params"] if id(p) not in whole | head and self._is_large(p)]
-                kept = {id(p) for p in low}
-                rest = [p for p in entry["params"] if id(p) not in kept]
-                entries += [{**entry, "params": low, "rank": self.rank}] if low else []
-                entries += [{**entry, "params": rest, "rank": 0}] if rest else []
-                projected += len(low)
-        if not projected:
+        split = list(split_hidden(run, groups, lambda matrix: min(matrix.shape) > self.rank))
+        entries = [{**entry, "rank": self.rank if hidden else 0} for entry, hidden in split]
+        if not any(hidden for _, hidden in split):
             run.say(f"galore: no trained matrix is larger than rank {self.rank}, so every step is plain AdamW's")
         defaults = {"lr": run.config.train.lr, "weight_decay": self.weight_decay, "betas": (self.beta1, self.beta2)}
         return GaLoreAdamW(entries, **defaults, eps=self.eps, refresh=self.refresh, scale=self.scale)
 
-    def _is_large(self, value: Tensor) -> bool:
-        return value.dim() == 2 and min(value.shape) > self.rank
 
-
-class GaLoreAdamW(torch.optim.Optimizer):
+class GaLoreAdamW(GroupwiseOptimizer):
     """AdamW with projected moments in groups whose `rank` is above 0.
 
     Args:
@@ -83,21 +67,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         defaults: `lr`, `weight_decay`, `betas`, `eps`, `refresh` (steps), `scale`.
     """
 
-    def __init__(self, entries: Iterable[dict[str, Any]], **defaults: Any) -> None:
-        super().__init__(entries, {"rank": 0, **defaults})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; parameters without a gradient rest."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for value in group["params"]:
-                if value.grad is not None:
-                    self._move(value, value.grad, group)
-        return loss
+    def move(self, group: dict[str, Any]) -> None:
+        """Each parameter by itself."""
+        for value in group["params"]:
+            if value.grad is not None:
+                self._move(value, value.grad, group)
 
     def _move(self, value: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[value]

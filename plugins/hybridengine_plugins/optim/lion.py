@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from hybridengine.plugin import ParamGroup, Run, Traits, hook, parameter
+from hybridengine.plugin import GroupwiseOptimizer, ParamGroup, Run, Traits, hook, parameter
 
 __all__ = ["Lion", "SignMomentum"]
 
@@ -46,31 +45,21 @@ class Lion:
         return SignMomentum(entries, lr=run.config.train.lr, weight_decay=self.weight_decay, betas=betas)
 
 
-class SignMomentum(torch.optim.Optimizer):
+class SignMomentum(GroupwiseOptimizer):
     """Lion as a torch optimizer; `defaults` are `lr`, `weight_decay` and `betas`."""
 
-    def __init__(self, entries: Iterable[dict[str, Any]], **defaults: Any) -> None:
-        super().__init__(entries, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; parameters without a gradient rest."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if not weights:
-                continue
-            for p in weights:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            gradients = [p.grad for p in weights]
-            momenta = [self.state[p]["momentum"] for p in weights]
-            beta1, beta2 = group["betas"]
-            signs = torch._foreach_sign(torch._foreach_lerp(momenta, gradients, 1 - beta1))
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, signs, alpha=-group["lr"])
-            torch._foreach_lerp_(momenta, gradients, 1 - beta2)
-        return loss
+    def move(self, group: dict[str, Any]) -> None:
+        """By the sign of what gradient and momentum agree on."""
+        weights = [p for p in group["params"] if p.grad is not None]
+        if not weights:
+            return
+        for p in weights:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        gradients = [p.grad for p in weights]
+        momenta = [self.state[p]["momentum"] for p in weights]
+        beta1, beta2 = group["betas"]
+        signs = torch._foreach_sign(torch._foreach_lerp(momenta, gradients, 1 - beta1))
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, signs, alpha=-group["lr"])
+        torch._foreach_lerp_(momenta, gradients, 1 - beta2)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hybridengine.plugin import ParamGroup, Run, Traits, hook, parameter
+from hybridengine.plugin import GroupwiseOptimizer, ParamGroup, Run, Traits, hook, parameter, split_hidden
 
 __all__ = ["Muon", "MuonAdamW"]
 
@@ -48,22 +46,12 @@ class Muon:
     @hook
     def build_optimizer(self, run: Run, groups: list[ParamGroup]) -> torch.optim.Optimizer:
         """Groups may override `lr` and `weight_decay`."""
-        embeddings = {id(p) for m in run.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        entries: list[dict[str, Any]] = []
-        for group in groups:
-            named = group.parameters.items()
-            head = {id(p) for name, p in named if any(fnmatch.fnmatchcase(name, part) for part in run.task.head)}
-            for entry in group.with_undecayed_vectors():
-                hidden = [p for p in entry["params"] if p.dim() == 2 and id(p) not in embeddings | head]
-                kept = {id(p) for p in hidden}
-                rest = [p for p in entry["params"] if id(p) not in kept]
-                entries += [{**entry, "params": hidden, "orthogonal": True}] if hidden else []
-                entries += [{**entry, "params": rest, "orthogonal": False}] if rest else []
+        entries = [{**entry, "orthogonal": hidden} for entry, hidden in split_hidden(run, groups)]
         defaults = {"lr": run.config.train.lr, "weight_decay": self.weight_decay, "momentum": self.momentum}
         return MuonAdamW(entries, **defaults, betas=(self.beta1, self.beta2), eps=1e-8)
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW(GroupwiseOptimizer):
     """Muon in groups that are `orthogonal`, AdamW in the others.
 
     Args:
@@ -71,22 +59,12 @@ class MuonAdamW(torch.optim.Optimizer):
         defaults: `lr`, `weight_decay`, `momentum`, `betas`, `eps`.
     """
 
-    def __init__(self, entries: Iterable[dict[str, Any]], **defaults: Any) -> None:
-        super().__init__(entries, {"orthogonal": False, **defaults})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; parameters without a gradient rest."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for value in group["params"]:
-                if value.grad is not None:
-                    update = (self._orthogonal if group["orthogonal"] else self._adam)(value, value.grad, group)
-                    value.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-        return loss
+    def move(self, group: dict[str, Any]) -> None:
+        """Each parameter by itself."""
+        for value in group["params"]:
+            if value.grad is not None:
+                update = (self._orthogonal if group["orthogonal"] else self._adam)(value, value.grad, group)
+                value.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _orthogonal(self, value: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[value]

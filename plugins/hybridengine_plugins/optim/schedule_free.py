@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from hybridengine.plugin import Band, ParamGroup, Run, Traits, check_share, hook, parameter, whole_steps
+from hybridengine.plugin import (
+    Band,
+    GroupwiseOptimizer,
+    ParamGroup,
+    Run,
+    Traits,
+    check_share,
+    hook,
+    parameter,
+    whole_steps,
+)
 from hybridengine.seams import Context
 
 __all__ = ["ScheduleFree", "ScheduleFreeAdamW"]
@@ -72,34 +82,26 @@ class ScheduleFree:
         return ctx.swapped({name: value for name, value in averages.items() if value is not None})
 
 
-class ScheduleFreeAdamW(torch.optim.Optimizer):
+class ScheduleFreeAdamW(GroupwiseOptimizer):
     """Parameters hold y; `defaults` are `lr`, `weight_decay`, `betas` and `eps`."""
 
     def __init__(self, entries: Iterable[dict[str, Any]], **defaults: Any) -> None:
-        super().__init__(entries, {"weight_sum": 0.0, "step": 0, **defaults})
+        super().__init__(entries, weight_sum=0.0, step=0, **defaults)
 
     def average(self, value: Tensor) -> Tensor | None:
         """x of a parameter; None where it has not moved yet."""
         if value not in self.state:
             return None
-        beta1 = next(g["betas"][0] for g in self.param_groups if any(p is value for p in g["params"]))
-        return torch.lerp(value.detach(), self.state[value]["z"], 1 - 1 / beta1)
+        return torch.lerp(value.detach(), self.state[value]["z"], 1 - 1 / self.defaults["betas"][0])
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; parameters without a gradient rest."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            group["step"] += 1
-            group["weight_sum"] += group["lr"] ** 2
-            share = group["lr"] ** 2 / group["weight_sum"] if group["weight_sum"] else 0.0
-            for value in group["params"]:
-                if value.grad is not None:
-                    self._move(value, value.grad, group, share)
-        return loss
+    def move(self, group: dict[str, Any]) -> None:
+        """Each parameter by itself, all by the group's share of the average."""
+        group["step"] += 1
+        group["weight_sum"] += group["lr"] ** 2
+        share = group["lr"] ** 2 / group["weight_sum"] if group["weight_sum"] else 0.0
+        for value in group["params"]:
+            if value.grad is not None:
+                self._move(value, value.grad, group, share)
 
     def _move(self, value: Tensor, gradient: Tensor, group: dict[str, Any], share: float) -> None:
         state, (beta1, beta2) = self.state[value], group["betas"]

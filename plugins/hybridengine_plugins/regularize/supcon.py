@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from hybridengine.errors import StackError
 from hybridengine.plugin import Run, Split, Traits, hook, parameter
-from hybridengine.seams import Batch, Context, Out, View, wide
+from hybridengine.seams import Batch, Context, Out, View, pooled
 
 __all__ = ["SupCon"]
 
@@ -67,17 +67,10 @@ class SupCon:
             out = inner(ctx, batch, view)
         if out.features is None or batch.targets is None:
             raise StackError("supcon: the loss inside returned no hidden states or has no labels; remove supcon")
-        contrast = _contrast(self._pooled(out.features, batch), batch.targets, self.temperature)
+        states = pooled(out.features, batch.inputs["attention_mask"], self.pool)
+        contrast = _contrast(states, batch.targets, self.temperature)
         ctx.report(self, contrast=contrast / batch.size)
         return replace(out, terms={**out.terms, "supcon": (self.weight * contrast, "rows")})
-
-    def _pooled(self, states: Tensor, batch: Batch) -> Tensor:
-        states, mask = wide(states), batch.inputs["attention_mask"]
-        if self.pool == "mean":
-            weights = mask.unsqueeze(-1).to(states.dtype)
-            return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
-        first = mask.to(torch.int).argmax(1)  # rows may be padded on the left
-        return states[torch.arange(len(states), device=states.device), first]
 
 
 def _contrast(states: Tensor, targets: Tensor, temperature: float) -> Tensor:
