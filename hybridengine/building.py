@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hybridengine.run import ParamGroup, Run
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import choose_precision
 from hybridengine.seams.sites import Sites
-from hybridengine.seams.task import Feature
+from hybridengine.seams.task import Feature, Row
 from hybridengine.stack.resolve import Resolved
 from hybridengine.stack.rules import NEEDS
 
@@ -29,6 +30,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "capabilities",
+    "features_of",
     "initial_run",
     "make_features",
     "prepare_data",
@@ -97,6 +99,7 @@ def build_model(run: Run, hooks: Hooks) -> None:
     run.model = model
     run.modules.clear()  # of an adaptation that failed
     run.static_modules.clear()
+    run.soft_tokens.clear()
     run.load_model = lambda name: _second_model(run, name)
 
 
@@ -201,12 +204,18 @@ def _check_capabilities(run: Run, hooks: Hooks) -> None:
         raise StackError(problems)
 
 
+def features_of(run: Run, hooks: Hooks, rows: Sequence[Row]) -> list[Feature]:
+    """Tokenise rows, by `build_features` or the task, and let methods change the features."""
+    made = hooks.build("build_features", run, rows)
+    features: list[Feature] = run.task.features(run, rows) if made is None else made
+    return hooks.transform("transform_features", run, features, expect=list)
+
+
 def make_features(run: Run, hooks: Hooks) -> dict[str, list[Feature]]:
     """Tokenise every split, and add token lengths to the data card."""
     features: dict[str, list[Feature]] = {}
     for name, split in run.splits.items():
-        made = hooks.build("build_features", run, split.rows)
-        features[name] = run.task.features(run, split.rows) if made is None else made
+        features[name] = features_of(run, hooks, split.rows)
     _check_vocabulary(run, features)
     lengths = {name: [f["length"] for f in made] for name, made in features.items()}
     cut = {name: [bool(f.get("truncated")) for f in made] for name, made in features.items()}

@@ -14,6 +14,7 @@ from hybridengine.model.loading import quiet
 from hybridengine.plugin.calling import Hooks
 from hybridengine.plugin.stacking import Method
 from hybridengine.run import Run
+from hybridengine.seams.soft_tokens import SoftTokens
 
 __all__ = ["estimate_memory", "estimate_steps"]
 
@@ -103,5 +104,6 @@ def _trial(run: Run) -> Any:
     """The run as far as hooks change it: what they say or add on a model without weights is not this run's."""
     trial: Any = copy.copy(run)
     trial.notes, trial.modules, trial.static_modules, trial._state = [], {}, set(), {}
+    trial.soft_tokens = SoftTokens()
     trial.missing_parameters = _Unknown()
     return trial

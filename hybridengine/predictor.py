@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridengine.batches import Assembler, in_order
-from hybridengine.building import build_model, initial_run, prepare_data
+from hybridengine.building import build_model, features_of, initial_run, prepare_data
 from hybridengine.config import load_config, read_source
 from hybridengine.data.checks import row_problem
 from hybridengine.data.rows import TARGET_ROLES, Split
@@ -113,8 +113,7 @@ class Predictor:
         run = self.run
         split = Split("test", rows, "input")
         run.splits = {"test": split}
-        made = self._hooks.build("build_features", run, rows)
-        features = run.task.features(run, rows) if made is None else made
+        features = features_of(run, self._hooks, rows)
         assembler = Assembler(run, {"test": features})
         records: list[dict[str, Any]] = [{}] * len(rows)
         with evaluation(self._ctx, self._hooks, stored=True):
@@ -140,8 +139,7 @@ class Predictor:
         features: dict[str, list[Feature]] = {}
         for name in ("validation", "test"):
             if name in run.splits:
-                made = self._hooks.build("build_features", run, run.splits[name].rows)
-                features[name] = run.task.features(run, run.splits[name].rows) if made is None else made
+                features[name] = features_of(run, self._hooks, run.splits[name].rows)
         lengths = {name: [f["length"] for f in made] for name, made in features.items()}
         evaluator = Evaluator(run, self._ctx, self._hooks, Assembler(run, features), lengths)
         evaluator.stored_weights = True

@@ -19,6 +19,7 @@ from hybridengine.seams.inner import InnerUpdate
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.randomness import KeyedRows
 from hybridengine.seams.sites import Sites
+from hybridengine.seams.soft_tokens import SoftTokens
 
 __all__ = ["ParamGroup", "Run"]
 
@@ -57,7 +58,7 @@ class Run:
         task: the task object.
         splits: rows by split name.
         labels: label names in id order, where the task has labels.
-        modules: extra modules by name (teachers, averages, learned rates, prompts), checkpointed, outside the backbone.
+        modules: extra modules by name (teachers, averages, learned rates, soft tokens), checkpointed, outside the backbone.
         step: optimizer steps made; `total_steps` how many are planned.
         stop_reason: set it to stop training after this step, with the reason.
         notes: things worth telling the user, in order.
@@ -101,6 +102,7 @@ class Run:
         self.greater_is_better = True
         self.modules: dict[str, nn.Module] = {}
         self.static_modules: set[str] = set()
+        self.soft_tokens = SoftTokens()
         self.inner_patterns: Sequence[str] = ("*",)  # what inner loops adapt, in training and at test time
         self.inner_update: InnerUpdate | None = None  # how, where a method learned it; at test time too
         self.load_model: Callable[[str], nn.Module] = self._cannot_load
@@ -134,6 +136,17 @@ class Run:
             self.static_modules.add(name)
         self.modules[name] = module.to(self.device)
         return self.modules[name]
+
+    def add_soft_tokens(self, name: str, module: nn.Module, count: int) -> list[int]:
+        """Own a module that returns `count` vectors `[count, D]`; the ids by which features place them.
+
+        Unlike other run modules they count as the model's own: inner loops and perturbations of weights reach them.
+        """
+        self.add_module(name, module)
+        ids = self.soft_tokens.add(name, module, count)
+        if self.sites is not None:
+            self.sites.soft_prompt = self.soft_tokens.vectors
+        return ids
 
     def copy_of_model(self) -> nn.Module:
         """A frozen copy of the model in evaluation mode (a teacher, an average)."""
@@ -175,14 +188,13 @@ class Run:
         return {k: p for k, p in self.may_optimise.items() if p.requires_grad}
 
     def adapted(self) -> dict[str, nn.Parameter]:
-        """Parameters that inner loops adapt: the model's own that match `inner_patterns`."""
-        patterns = self.inner_patterns
-        mine = {k: p for k, p in self.optimised().items() if "/" not in k}
+        """Parameters that inner loops adapt: the model's own, and soft tokens, that match `inner_patterns`."""
+        patterns, mine = self.inner_patterns, self.perturbed()
         return {k: p for k, p in mine.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in patterns)}
 
     def perturbed(self) -> dict[str, nn.Parameter]:
-        """Parameters that weight perturbations move: the model's own."""
-        return {k: p for k, p in self.optimised().items() if "/" not in k}
+        """Parameters that weight perturbations move: the model's own, and soft tokens."""
+        return {k: p for k, p in self.optimised().items() if "/" not in k or k.partition("/")[0] in self.soft_tokens}
 
     def _cannot_load(self, name: str) -> nn.Module:
         raise ModelError(f"this run cannot load a second model ({name})")

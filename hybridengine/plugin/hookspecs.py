@@ -9,7 +9,7 @@
 A run, with the hooks where they act:
 
     build_task -> build_data -> transform_data -> build_tokenizer -> build_model -> transform_model
-    -> on_run_start -> build_features -> build_sampler -> transform_param_groups -> build_optimizer -> build_scheduler
+    -> on_run_start -> build_features -> transform_features -> build_sampler -> transform_param_groups -> build_optimizer -> build_scheduler
     for each step:     transform_batch
                        wrap_step( wrap_gradient( wrap_backward( wrap_loss( leaf; transform_outputs ))))
                        on_step_end
@@ -81,6 +81,18 @@ class HookSpecs:
             @hook
             def build_features(self, run, rows):
                 return run.task.features(run, [{**row, "text": "Review: " + row["text"]} for row in rows])
+        """
+
+    @spec
+    def transform_features(self, run: Run, features: list[Feature]) -> list[Feature] | None:
+        """Change tokenised rows, e.g. insert soft tokens (`text.insert_tokens`).
+
+        Called once per split after `build_features`, and for the rows to predict.
+
+        Example:
+            @hook
+            def transform_features(self, run, features):
+                return [insert_tokens(feature, 0, run.soft_tokens.ids("mine")) for feature in features]
         """
 
     @spec

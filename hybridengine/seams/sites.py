@@ -46,6 +46,13 @@ class Sites:
         for name in self._calls_per_module:
             override_forward(model.get_submodule(name), functools.partial(self._watched, name))
 
+    def vocabulary(self, model: nn.Module, input: str = "input_ids") -> Tensor:
+        """The embeddings `[V, D]` of the token ids that arrive as `input`."""
+        name = next(name for name, site in self.table.items() if site.input == input)
+        weight = model.get_submodule(name.partition("#")[0]).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
     def _watched(self, name: str, whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(module: nn.Module, ids: Tensor, *args: Any, **options: Any) -> Tensor:
             if self.soft_prompt is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridengine.errors import ModelError
+from hybridengine.text.token_loss import IGNORED
 
 if TYPE_CHECKING:
     from hybridengine.run import Run
@@ -23,6 +24,7 @@ __all__ = [
     "base_model",
     "blocks",
     "head_patterns",
+    "insert_tokens",
     "padded",
     "padded_inputs",
     "set_pad_token",
@@ -76,6 +78,27 @@ def tokenise(
             feature["token_type_ids"] = encoded["token_type_ids"][index] or [0]
         features.append(feature)
     return features, encoded
+
+
+def insert_tokens(feature: Feature, at: int, ids: Sequence[int], *, perturbable: bool = False) -> Feature:
+    """The feature with further tokens before its token `at`: unscored, of the token type that stood there.
+
+    Args:
+        perturbable: whether attacks may move them.
+    """
+    count, size = len(ids), len(feature["input_ids"])
+    kinds = feature.get("token_type_ids") or [0]
+    fill: dict[str, Sequence[int]] = {
+        "input_ids": ids,
+        "perturbable": [int(perturbable)] * count,
+        "token_type_ids": [kinds[min(at, len(kinds) - 1)]] * count,
+        "scored": [0] * count,
+        "template": [0] * count,
+    }
+    if "scored" in feature:  # then the label is one of tokens
+        fill["label"] = [IGNORED] * count
+    longer = {key: [*feature[key][:at], *new, *feature[key][at:]] for key, new in fill.items() if key in feature}
+    return {**feature, **longer, "length": size + count}
 
 
 def _stand_in(tokenizer: Any) -> int:
@@ -187,6 +210,7 @@ def usable_length(run: Run) -> int:
         if _counts_positions(inner):
             positions -= int(inner.base_model.embeddings.position_embeddings.padding_idx) + 1
         limit = min(limit, positions)
+    limit -= len(run.soft_tokens)
     if limit < asked:
         run.say(f"train.max_length is {asked}, but the model takes {limit} tokens; longer texts are cut at {limit}")
     return int(min(asked, limit))

@@ -28,6 +28,9 @@ def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
         run.tokenizer.save_pretrained(staging)
         if (staging / ADAPTER).is_file():
             complete_adapter(run, staging)
+        for name, module in run.modules.items():
+            if hasattr(module, "save_pretrained"):  # in a format of its own beside, for use without this package
+                module.save_pretrained(staging / name)
         modules = {
             f"{name}/{key}": value
             for name, module in run.modules.items()

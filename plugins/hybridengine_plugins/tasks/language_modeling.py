@@ -89,7 +89,7 @@ class LanguageModeling:
         inputs, masks = padded_inputs(run, features)
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
         scored = torch.zeros_like(attention)
-        scored[:, :-1] = attention[:, :-1] * attention[:, 1:]
+        scored[:, :-1] = attention[:, :-1] * attention[:, 1:] * (ids[:, 1:] >= 0)  # no soft token is predicted
         targets = torch.full_like(ids, IGNORED)
         targets[:, :-1] = torch.where(scored[:, :-1] == 1, ids[:, 1:], IGNORED)
         size = len(features)

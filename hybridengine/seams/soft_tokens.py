@@ -1,0 +1,53 @@
+"""Soft tokens: learned vectors that stand among a row's token embeddings, addressed by negative token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["SoftTokens"]
+
+
+class SoftTokens:
+    """The soft tokens of one run: each method's, one behind the other.
+
+    Id -1-i stands for vector i, so that a row with soft tokens is a row of ids like any other: tasks pad it, models
+    find its padding and number its positions, and a delta at an embedding site has a place for each.
+    """
+
+    def __init__(self) -> None:
+        self._modules: dict[str, tuple[nn.Module, range]] = {}
+        self.value: Callable[[str, Tensor], Tensor] = lambda name, parameter: parameter
+        """A parameter `module/name` under the view being evaluated; set by the context."""
+
+    def __len__(self) -> int:
+        return sum(len(numbers) for _, numbers in self._modules.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def add(self, name: str, module: nn.Module, count: int) -> list[int]:
+        """Take `count` tokens whose vectors `[count, D]` are what run module `name` returns; their ids, in order."""
+        numbers = range(len(self), len(self) + count)
+        self._modules[name] = (module, numbers)
+        return [-1 - number for number in numbers]
+
+    def clear(self) -> None:
+        """Forget all soft tokens, of an adaptation that failed."""
+        self._modules.clear()
+
+    def ids(self, name: str) -> list[int]:
+        """The ids of a method's soft tokens."""
+        return [-1 - number for number in self._modules[name][1]]
+
+    def vectors(self) -> Tensor:
+        """All vectors `[N, D]`, vector i for id -1-i."""
+        return torch.cat([self._of(name, module) for name, (module, _) in self._modules.items()])
+
+    def _of(self, name: str, module: nn.Module) -> Tensor:
+        parameters = {key: self.value(f"{name}/{key}", p) for key, p in module.named_parameters()}
+        vectors: Tensor = functional_call(module, parameters, ())
+        return vectors
