@@ -99,6 +99,7 @@ def build_model(run: Run, hooks: Hooks) -> None:
     run.model = model
     run.modules.clear()  # of an adaptation that failed
     run.static_modules.clear()
+    run.model_parts.clear()
     run.soft_tokens.clear()
     run.load_model = lambda name: _second_model(run, name)
 
@@ -141,6 +142,7 @@ def adapt_model(run: Run, hooks: Hooks, *, features: bool, logits: bool) -> None
         features: a method of the stack reads hidden states, so that every layer must be computed in full.
         logits: a method of the stack reads logits, so that a language model's must be computed in full.
     """
+    run.slots = hooks.slots
     run.model = hooks.transform("transform_model", run, run.model, expect=nn.Module).to(run.device)
     probe = _probe_batch(run)
     try:
@@ -208,7 +210,8 @@ def features_of(run: Run, hooks: Hooks, rows: Sequence[Row]) -> list[Feature]:
     """Tokenise rows, by `build_features` or the task, and let methods change the features."""
     made = hooks.build("build_features", run, rows)
     features: list[Feature] = run.task.features(run, rows) if made is None else made
-    return hooks.transform("transform_features", run, features, expect=list)
+    features = hooks.transform("transform_features", run, features, expect=list)
+    return features
 
 
 def make_features(run: Run, hooks: Hooks) -> dict[str, list[Feature]]:

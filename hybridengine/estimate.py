@@ -80,6 +80,7 @@ def estimate_memory(run: Run, methods: Sequence[Method]) -> dict[str, Any]:
         why = "of the plain model; a method builds another"
     else:
         try:
+            trial.slots = hooks.slots
             model = hooks.transform("transform_model", trial, model, expect=torch.nn.Module)
         except (NotImplementedError, RuntimeError, HybridEngineError):
             why = "of the plain model; a method needs its weights"
@@ -104,6 +105,6 @@ def _trial(run: Run) -> Any:
     """The run as far as hooks change it: what they say or add on a model without weights is not this run's."""
     trial: Any = copy.copy(run)
     trial.notes, trial.modules, trial.static_modules, trial._state = [], {}, set(), {}
-    trial.soft_tokens = SoftTokens()
+    trial.model_parts, trial.soft_tokens = set(), SoftTokens()
     trial.missing_parameters = _Unknown()
     return trial

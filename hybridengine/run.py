@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from hybridengine.config import Config
 from hybridengine.data.rows import Split, row_places
@@ -58,7 +59,8 @@ class Run:
         task: the task object.
         splits: rows by split name.
         labels: label names in id order, where the task has labels.
-        modules: extra modules by name (teachers, averages, learned rates, soft tokens), checkpointed, outside the backbone.
+        modules: extra modules by name (teachers, averages, learned rates, soft tokens), checkpointed.
+        slots: the exclusive places that methods of the stack take, known from `transform_model` on.
         step: optimizer steps made; `total_steps` how many are planned.
         stop_reason: set it to stop training after this step, with the reason.
         notes: things worth telling the user, in order.
@@ -102,10 +104,13 @@ class Run:
         self.greater_is_better = True
         self.modules: dict[str, nn.Module] = {}
         self.static_modules: set[str] = set()
+        self.model_parts: set[str] = set()
+        self.slots: frozenset[str] = frozenset()
         self.soft_tokens = SoftTokens()
         self.inner_patterns: Sequence[str] = ("*",)  # what inner loops adapt, in training and at test time
         self.inner_update: InnerUpdate | None = None  # how, where a method learned it; at test time too
         self.load_model: Callable[[str], nn.Module] = self._cannot_load
+        self.value: Callable[[str, Tensor], Tensor] = lambda name, parameter: parameter  # set by the context
         self._state: dict[str, dict[str, Any]] = {}
         self._optimised: dict[str, nn.Parameter] | None = None
 
@@ -124,29 +129,39 @@ class Run:
         """An extra module by name."""
         return self.modules[name]
 
-    def add_module(self, name: str, module: nn.Module, *, static: bool = False) -> nn.Module:
+    def add_module(
+        self, name: str, module: nn.Module, *, static: bool = False, part_of_model: bool = False
+    ) -> nn.Module:
         """Own an extra module: moved to the device, checkpointed, optimised where it requires gradients.
 
         Args:
             static: never changes (a teacher) and is rebuilt by its method; left out of checkpoints.
+            part_of_model: the model computes with it (soft prompts), so that inner loops adapt and perturbations of
+                weights move it like the model's own parameters; read it by `evaluated`, where views reach it.
         """
         if name in self.modules:
             raise ValueError(f"run module {name!r} exists already")
         if static:
             self.static_modules.add(name)
+        if part_of_model:
+            self.model_parts.add(name)
         self.modules[name] = module.to(self.device)
         return self.modules[name]
 
     def add_soft_tokens(self, name: str, module: nn.Module, count: int) -> list[int]:
-        """Own a module that returns `count` vectors `[count, D]`; the ids by which features place them.
-
-        Unlike other run modules they count as the model's own: inner loops and perturbations of weights reach them.
-        """
-        self.add_module(name, module)
+        """Own a module that returns `count` vectors `[count, D]`, a part of the model; the ids that features hold."""
+        self.add_module(name, module, part_of_model=True)
         ids = self.soft_tokens.add(name, module, count)
         if self.sites is not None:
-            self.sites.soft_prompt = self.soft_tokens.vectors
+            self.sites.soft_prompt = lambda: self.soft_tokens.vectors(self.evaluated)
         return ids
+
+    def evaluated(self, name: str) -> Tensor:
+        """What a run module returns without arguments, its parameters those of the view being evaluated."""
+        module = self.modules[name]
+        parameters = {key: self.value(f"{name}/{key}", p) for key, p in module.named_parameters()}
+        result: Tensor = functional_call(module, parameters, ())
+        return result
 
     def copy_of_model(self) -> nn.Module:
         """A frozen copy of the model in evaluation mode (a teacher, an average)."""
@@ -188,13 +203,13 @@ class Run:
         return {k: p for k, p in self.may_optimise.items() if p.requires_grad}
 
     def adapted(self) -> dict[str, nn.Parameter]:
-        """Parameters that inner loops adapt: the model's own, and soft tokens, that match `inner_patterns`."""
+        """Parameters that inner loops adapt: the model's own and its parts, that match `inner_patterns`."""
         patterns, mine = self.inner_patterns, self.perturbed()
         return {k: p for k, p in mine.items() if any(fnmatch.fnmatchcase(k, pattern) for pattern in patterns)}
 
     def perturbed(self) -> dict[str, nn.Parameter]:
-        """Parameters that weight perturbations move: the model's own, and soft tokens."""
-        return {k: p for k, p in self.optimised().items() if "/" not in k or k.partition("/")[0] in self.soft_tokens}
+        """Parameters that weight perturbations move: the model's own and its parts."""
+        return {k: p for k, p in self.optimised().items() if "/" not in k or k.partition("/")[0] in self.model_parts}
 
     def _cannot_load(self, name: str) -> nn.Module:
         raise ModelError(f"this run cannot load a second model ({name})")

@@ -1,6 +1,14 @@
 """Pretrained models: loading them, what they can do, and how deep each parameter stands."""
 
-from hybridengine.model.adapters import linear_targets, named, new_heads, task_type, transposed, wrap_by_peft
+from hybridengine.model.adapters import (
+    freeze_pretrained,
+    linear_targets,
+    named,
+    new_heads,
+    task_type,
+    transposed,
+    wrap_by_peft,
+)
 from hybridengine.model.depth import parameter_levels
 from hybridengine.model.loading import (
     capabilities_of,
@@ -11,10 +19,13 @@ from hybridengine.model.loading import (
     load_tokenizer,
     quiet,
 )
+from hybridengine.model.prefix import AttentionPrefix
 
 __all__ = [
+    "AttentionPrefix",
     "capabilities_of",
     "choose_device",
+    "freeze_pretrained",
     "hub_or_cache",
     "linear_targets",
     "load_model",

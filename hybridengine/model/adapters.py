@@ -14,7 +14,7 @@ from hybridengine.model.loading import quiet
 from hybridengine.run import Run
 from hybridengine.seams import mix, seeded
 
-__all__ = ["linear_targets", "named", "new_heads", "task_type", "transposed", "wrap_by_peft"]
+__all__ = ["freeze_pretrained", "linear_targets", "named", "new_heads", "task_type", "transposed", "wrap_by_peft"]
 
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -58,6 +58,20 @@ def new_heads(run: Run, model: Any, wanted: Sequence[str] | None = None) -> list
             if all(key in new or any(fnmatch.fnmatchcase(key, p) for p in run.task.head) for key in inside):
                 found.append(name)
     return found
+
+
+def freeze_pretrained(run: Run, model: nn.Module) -> nn.Module:
+    """The model with all frozen but what the checkpoint lacks and the task's head.
+
+    Unless a method of the stack takes the slot `backbone` (`lora`, `bitfit`, `full`): then that says what is trained.
+    """
+    if "backbone" in run.slots:
+        return model
+    heads = new_heads(run, model)
+    model.requires_grad_(False)
+    for name in heads:
+        model.get_submodule(name).requires_grad_(True)
+    return model
 
 
 def linear_targets(

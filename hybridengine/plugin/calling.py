@@ -28,12 +28,18 @@ SPEC_NAMES = tuple(name for name in vars(HookSpecs) if name.startswith(_PREFIXES
 
 
 class Hooks:
-    """The hooks of one run. One fresh plugin manager each; nothing global."""
+    """The hooks of one run. One fresh plugin manager each; nothing global.
+
+    Attributes:
+        methods: in order of their bands.
+        slots: what they take.
+    """
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(HookSpecs)
         self.methods = sorted(methods, key=lambda m: m.order)
+        self.slots = frozenset(slot for method in methods for slot in method.traits.slots)
         for method in self.methods:
             _check(method)
             try:

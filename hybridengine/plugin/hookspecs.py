@@ -9,7 +9,8 @@
 A run, with the hooks where they act:
 
     build_task -> build_data -> transform_data -> build_tokenizer -> build_model -> transform_model
-    -> on_run_start -> build_features -> transform_features -> build_sampler -> transform_param_groups -> build_optimizer -> build_scheduler
+    -> on_run_start -> build_features -> transform_features -> build_sampler
+    -> transform_param_groups -> build_optimizer -> build_scheduler
     for each step:     transform_batch
                        wrap_step( wrap_gradient( wrap_backward( wrap_loss( leaf; transform_outputs ))))
                        on_step_end

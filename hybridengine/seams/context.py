@@ -49,7 +49,7 @@ class Context(Gradients):
         self._live: Mapping[str, Tensor] | None = None
         self._memo: dict[tuple[str, int], Any] | None = None
         self._features = False
-        run.soft_tokens.value = self.value
+        run.value = self.value
 
     # ---- evaluating -------------------------------------------------------------------------------------------
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.sites import Sites
-from hybridengine.seams.soft_tokens import SoftTokens
 
 __all__ = ["Host"]
 
@@ -27,7 +26,7 @@ class Host(Protocol):
     seed: int
     step: int
     sites: Sites | None
-    soft_tokens: SoftTokens
+    value: Callable[[str, Tensor], Tensor]
     first_position: FirstPosition | None
     lazy_head: nn.Module | None
     task: Any

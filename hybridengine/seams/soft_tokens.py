@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 __all__ = ["SoftTokens"]
 
@@ -20,14 +19,9 @@ class SoftTokens:
 
     def __init__(self) -> None:
         self._modules: dict[str, tuple[nn.Module, range]] = {}
-        self.value: Callable[[str, Tensor], Tensor] = lambda name, parameter: parameter
-        """A parameter `module/name` under the view being evaluated; set by the context."""
 
     def __len__(self) -> int:
         return sum(len(numbers) for _, numbers in self._modules.values())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
 
     def add(self, name: str, module: nn.Module, count: int) -> list[int]:
         """Take `count` tokens whose vectors `[count, D]` are what run module `name` returns; their ids, in order."""
@@ -43,11 +37,6 @@ class SoftTokens:
         """The ids of a method's soft tokens."""
         return [-1 - number for number in self._modules[name][1]]
 
-    def vectors(self) -> Tensor:
-        """All vectors `[N, D]`, vector i for id -1-i."""
-        return torch.cat([self._of(name, module) for name, (module, _) in self._modules.items()])
-
-    def _of(self, name: str, module: nn.Module) -> Tensor:
-        parameters = {key: self.value(f"{name}/{key}", p) for key, p in module.named_parameters()}
-        vectors: Tensor = functional_call(module, parameters, ())
-        return vectors
+    def vectors(self, evaluate: Callable[[str], Tensor]) -> Tensor:
+        """All vectors `[N, D]`, vector i for id -1-i; `evaluate` gives those of a module by its name."""
+        return torch.cat([evaluate(name) for name in self._modules])

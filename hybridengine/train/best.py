@@ -29,8 +29,9 @@ def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
         if (staging / ADAPTER).is_file():
             complete_adapter(run, staging)
         for name, module in run.modules.items():
-            if hasattr(module, "save_pretrained"):  # in a format of its own beside, for use without this package
-                module.save_pretrained(staging / name)
+            # Once more in a format of its own, for use without this package.
+            if callable(save := getattr(module, "save_pretrained", None)):
+                save(staging / name)
         modules = {
             f"{name}/{key}": value
             for name, module in run.modules.items()

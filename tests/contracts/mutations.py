@@ -340,6 +340,27 @@ MUTATIONS = (
         "tests/plugins/test_row_choice.py::test_curriculum_knows_the_step_where_micro_batches_are_summed",
     ),
     Mutation(
+        "the prompt stands before [CLS], which encoders classify by",
+        "plugins/hybridengine_plugins/prompts/prompt_tuning.py",
+        'int(first is not None and f["input_ids"][0] == first)',
+        "0",
+        "tests/plugins/test_prompt_tuning.py::test_attacks_leave_the_vectors_alone_unless_asked",
+    ),
+    Mutation(
+        "a prefix that a causal mask hides",
+        "hybridengine/model/prefix.py",
+        "functional.pad(attention_mask, (n, 0), value=visible)",
+        "functional.pad(attention_mask, (n, 0), value=False)",
+        "tests/plugins/test_prefix_tuning.py::test_a_decoder_computes_what_a_cache_of_prefixes_gives",
+    ),
+    Mutation(
+        "inner loops and weight perturbations pass soft prompts by",
+        "hybridengine/run.py",
+        ' or k.partition("/")[0] in self.model_parts',
+        "",
+        "tests/plugins/test_prompt_tuning.py::test_weight_perturbations_reach_the_vectors_and_give_them_back",
+    ),
+    Mutation(
         "hidden states that nobody was asked for",
         "hybridengine/seams/context.py",
         "features = features or (self._features and model is None)",

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hybridengine.model import new_heads, task_type
-from hybridengine.plugin import Band, Run, Traits, hook, parameter
+from hybridengine.model import freeze_pretrained, task_type
+from hybridengine.plugin import Run, Traits, hook, parameter
 from hybridengine.seams import Feature, mix, seeded
 from hybridengine.text import insert_tokens
 
@@ -25,9 +25,9 @@ class PromptTuning:
     """Trains vectors that stand before every text, and new heads; the model keeps its pretrained values.
 
     Maths: the token embeddings e(x) ∈ R^{L×D} become [P; e(x)] with P ∈ R^{n×D} learned, started at rows of the
-    vocabulary: those of `text`, repeated, or random ones. They stand behind a first `[CLS]`, which encoders classify by,
-    else before everything, next to the text also where rows are padded on the left; mask, positions, labels and
-    attacks' masks count them in.
+    vocabulary: those of `text`, repeated, or random ones. They stand behind a first `[CLS]`, by which encoders
+    classify, else before everything, next to the text also where rows are padded on the left; mask, positions, labels
+    and attacks' masks count them in.
 
     Paper: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning".
     Hooks: `transform_model`, `on_run_start`, `transform_features`. Cost: n more tokens a row, no weight gradients of
@@ -38,7 +38,6 @@ class PromptTuning:
     name: ClassVar[str] = "prompt-tuning"
     traits: ClassVar[Traits] = Traits(
         family="prompts",
-        order=Band.LEAF - 1,  # freezes the model before an adapter chooses what it trains
         slots=("soft_prompt",),
         requires=("embeddings",),
         cost="n more tokens a row; about 2 of 3 of a plain step on the longer rows",
@@ -52,12 +51,8 @@ class PromptTuning:
 
     @hook
     def transform_model(self, run: Run, model: nn.Module) -> nn.Module:
-        """Freeze all but new heads; a method that names what it trains comes later and has its way."""
-        heads = new_heads(run, model)
-        model.requires_grad_(False)
-        for name in heads:
-            model.get_submodule(name).requires_grad_(True)
-        return model
+        """Freeze all but new heads, unless an adapter or `full` says what is trained."""
+        return freeze_pretrained(run, model)
 
     @hook
     def on_run_start(self, run: Run) -> None:
