@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridengine.config import Config
-from hybridengine.data.rows import Split, row_places
+from hybridengine.data.rows import Split, row_places, rows_of
 from hybridengine.errors import ModelError
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.inner import InnerUpdate
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.randomness import KeyedRows
 from hybridengine.seams.sites import Sites
+from hybridengine.seams.task import Row
 
 __all__ = ["ParamGroup", "Run"]
 
@@ -57,6 +58,7 @@ class Run:
         task: the task object.
         splits: rows by split name.
         labels: label names in id order, where the task has labels.
+        cloze: the `hybridengine.text.Cloze` of a template, where one writes the rows.
         modules: extra modules by name (teachers, averages, learned rates, prompts), checkpointed, outside the backbone.
         step: optimizer steps made; `total_steps` how many are planned.
         stop_reason: set it to stop training after this step, with the reason.
@@ -83,6 +85,7 @@ class Run:
         self.task: Any = None
         self.splits: dict[str, Split] = {}
         self.labels: list[str] = []
+        self.cloze: Any = None
         self.sites: Sites | None = None
         self.first_position: FirstPosition | None = None
         self.lazy_head: nn.Module | None = None
@@ -104,6 +107,9 @@ class Run:
         self.inner_patterns: Sequence[str] = ("*",)  # what inner loops adapt, in training and at test time
         self.inner_update: InnerUpdate | None = None  # how, where a method learned it; at test time too
         self.load_model: Callable[[str], nn.Module] = self._cannot_load
+        self.load_answers: Callable[[str], Callable[[Sequence[Row]], Tensor] | None] = lambda name: None
+        self.memories: dict[str, dict[str, Any]] = {}
+        self._made_up: list[Row] = []
         self._state: dict[str, dict[str, Any]] = {}
         self._optimised: dict[str, nn.Parameter] | None = None
 
@@ -112,6 +118,13 @@ class Run:
     def state(self, name: str) -> dict[str, Any]:
         """A method's own state: tensors and JSON values by name, saved and restored with checkpoints."""
         return self._state.setdefault(name, {})
+
+    def memory(self, name: str) -> dict[str, Any]:
+        """What a method learned before the first step and needs to predict: JSON values, kept in `best/`.
+
+        Where a finished run is loaded they are there before `on_run_start`.
+        """
+        return self.memories.setdefault(name, {})
 
     @property
     def states(self) -> dict[str, dict[str, Any]]:
@@ -143,6 +156,21 @@ class Run:
     def places(self, rows: Sequence[int]) -> list[str]:
         """`file:row` of rows by their global ids, for messages."""
         return row_places(self.splits, rows)
+
+    def rows_of(self, ids: Sequence[int]) -> list[Row]:
+        """The rows that have these global ids (`batch.rows`).
+
+        Raises:
+            KeyError: there is no such row.
+        """
+        if not self._made_up:
+            return rows_of(self.splits, ids)
+        return [self._made_up[-1 - i] if i < 0 else rows_of(self.splits, [i])[0] for i in ids]
+
+    def make_up(self, rows: Sequence[Row]) -> tuple[int, ...]:
+        """Global ids for rows that stand in no split, e.g. texts without content."""
+        self._made_up += rows
+        return tuple(range(-1 - len(self._made_up) + len(rows), -1 - len(self._made_up), -1))
 
     def say(self, *notes: str) -> None:
         """Tell the user something, each once."""

@@ -340,6 +340,13 @@ MUTATIONS = (
         "tests/plugins/test_row_choice.py::test_curriculum_knows_the_step_where_micro_batches_are_summed",
     ),
     Mutation(
+        "label words without regard to the size of classes",
+        "plugins/hybridengine_plugins/prompts/verbalizer.py",
+        "(other / count)[:, None] * odds - (odds.sum(0) - odds)",
+        "odds - (odds.sum(0) - odds)",
+        "tests/plugins/test_verbalizer.py::test_the_words_are_those_of_the_paper[2-60-llama]",
+    ),
+    Mutation(
         "hidden states that nobody was asked for",
         "hybridengine/seams/context.py",
         "features = features or (self._features and model is None)",

@@ -137,6 +137,7 @@ PARAMETERS: dict[str, Parameters] = {
     "swa": _some(start=(0,), every=(1, 2)),
     "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
+    "verbalizer": _some(words=(2, 3)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),
     "weight-decay": _some(value=(0.1,)),
     "wsd": _some(shape=("linear", "sqrt")),
@@ -150,18 +151,27 @@ def traits_of(name: str) -> Traits:
     return found
 
 
+def companions(names: Sequence[str]) -> list[str]:
+    """What these methods need beside them: `episodes`, or a `template` to build on."""
+    needed = {need for name in names for need in traits_of(name).requires}
+    wanted = {"episodes": "episodes", "cloze": "template"}
+    return [method for need, method in wanted.items() if need in needed and method not in names]
+
+
+def without_words(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same methods; beside one that finds words, `template` names none."""
+    found = any("verbalizer" in method for method in methods)
+    return [{"template": {}} if found and "template" in method else method for method in methods]
+
+
 @st.composite
 def stacks(draw: st.DrawFn, least: int = 1) -> tuple[Ground, list[dict[str, Any]], dict[str, Any]]:
     """A ground, `least` to 4 methods with parameters, and options of the `train` section."""
     ground = draw(st.sampled_from(GROUNDS))
     names = draw(st.lists(st.sampled_from(sorted(PARAMETERS)), min_size=least, max_size=4, unique=True))
-    if (
-        any("episodes" in traits_of(name).requires for name in names)
-        and "episodes" not in names
-        and draw(st.booleans())
-    ):
-        names.append("episodes")  # else meta-learning would nearly always be refused
-    methods = [{name: draw(PARAMETERS[name](ground))} for name in names]
+    # without these, methods that build on them would nearly always be refused
+    names += [name for name in companions(names) if draw(st.booleans())]
+    methods = without_words([{name: draw(PARAMETERS[name](ground))} for name in names])
     return ground, methods, {"accumulate": draw(st.sampled_from([1, 2])), "seed": draw(st.integers(0, 3))}
 
 
