@@ -347,6 +347,20 @@ MUTATIONS = (
         "tests/plugins/test_verbalizer.py::test_the_words_are_those_of_the_paper[2-60-llama]",
     ),
     Mutation(
+        "class vectors that start at the sum of a word's tokens",
+        "plugins/hybridengine_plugins/prompts/soft_verbalizer.py",
+        "rows[list(word)].mean(0) for word",
+        "rows[list(word)].sum(0) for word",
+        "tests/plugins/test_soft_verbalizer.py::test_several_words_start_at_their_mean",
+    ),
+    Mutation(
+        "class vectors beyond the reach of functional parameters",
+        "plugins/hybridengine_plugins/prompts/soft_verbalizer.py",
+        'seen.value(f"{self.name}/weight", self._vectors.weight)',
+        "self._vectors.weight",
+        "tests/plugins/test_soft_verbalizer.py::test_functional_vectors_are_read",
+    ),
+    Mutation(
         "hidden states that nobody was asked for",
         "hybridengine/seams/context.py",
         "features = features or (self._features and model is None)",

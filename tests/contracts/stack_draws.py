@@ -133,6 +133,7 @@ PARAMETERS: dict[str, Parameters] = {
     "sam": _some(rho=(0.05,)),
     "schedule-free": _some(warmup=(0.0, 1)),
     "sgd": _some(momentum=(0.0, 0.9)),
+    "soft-verbalizer": _some(ratio=(1.0, 10.0)),
     "supcon": _some(weight=(0.5,), temperature=(0.3,), pool=("mean", "first")),
     "swa": _some(start=(0,), every=(1, 2)),
     "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from hybridengine import load
 from hybridengine.plugin import Run, Split
+from hybridengine.predictor import Predictor
 from hybridengine.seams import Batch, Prediction, View
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_checkpoint
 from hybridengine_plugins.prompts.template import Template
@@ -38,6 +42,13 @@ def checkpoints(root: Path) -> dict[str, Path]:
     """Tiny models of each kind."""
     return {
         "bert": tiny_checkpoint(root / "bert", "bert", "AutoModelForMaskedLM"),
+        "dropout": tiny_checkpoint(
+            root / "dropout",
+            "bert",
+            "AutoModelForMaskedLM",
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.1,
+        ),
         "headless": tiny_checkpoint(root / "headless", "bert", "AutoModel"),
         "gpt2": tiny_checkpoint(root / "gpt2", "gpt2"),
         "llama": tiny_checkpoint(root / "llama", "llama"),
@@ -124,3 +135,14 @@ def run_config(folder: Path, methods: Sequence[Any], output: Path, **train: Any)
         "methods": list(methods),
         "output": str(output),
     }
+
+
+def loaded_as_it_said(folder: Path) -> Predictor:
+    """The finished run, loaded anew: it gives each validation row the probabilities that it wrote down."""
+    model = load(folder)
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    said = {line["text"]: line["probabilities"] for line in lines}
+    for row, made in zip(ROWS, model.predict([row["text"] for row in ROWS]), strict=True):
+        # written with six digits; other company in the batch moves an fp32 logit by some 1e-6
+        assert made["probabilities"] == pytest.approx(said[row["text"]], abs=5e-6)
+    return model
