@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -99,10 +100,10 @@ class LabelWords:
         tokens = log_probabilities[:, slots, table]  # [B, W, M]
         return (tokens * share.to(tokens.dtype)).sum(-1)
 
-    def by_class(self, values: Tensor) -> Tensor:
-        """Values of all words `[..., W]` by class, `[..., C, N]`; the dtype's lowest number where a class has fewer."""
+    def by_class(self, values: Tensor, empty: float = -math.inf) -> Tensor:
+        """Values of all words `[..., W]` by class, `[..., C, N]`, and `empty` where a class has fewer words."""
         groups = self._on(values.device)[3]
-        return values[..., groups.clamp_min(0)].masked_fill(groups.eq(-1), torch.finfo(values.dtype).min)
+        return values[..., groups.clamp_min(0)].masked_fill(groups.eq(-1), empty)
 
     def class_logits(self, seen: AtMask) -> Tensor:
         """The log of the mean probability of each class's words, `[B, C]`."""

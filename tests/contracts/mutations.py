@@ -361,6 +361,20 @@ MUTATIONS = (
         "tests/plugins/test_soft_verbalizer.py::test_functional_vectors_are_read",
     ),
     Mutation(
+        "padded label words take part in a product",
+        "plugins/hybridengine_plugins/prompts/knowledgeable_verbalizer.py",
+        "self._words.by_class(scores, 0.0)",
+        "self._words.by_class(scores, torch.finfo(scores.dtype).min)",
+        "tests/plugins/test_knowledgeable_verbalizer.py::test_splits_loss_scale_and_padding_change_nothing",
+    ),
+    Mutation(
+        "a word's relevance without the other classes",
+        "plugins/hybridengine_plugins/prompts/knowledgeable_verbalizer.py",
+        "(near.sum(1) - own)",
+        "near.sum(1)",
+        "tests/plugins/test_knowledgeable_verbalizer.py::test_words_are_sifted_as_in_the_paper[0.3-0.98-bert]",
+    ),
+    Mutation(
         "hidden states that nobody was asked for",
         "hybridengine/seams/context.py",
         "features = features or (self._features and model is None)",

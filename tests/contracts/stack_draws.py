@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +80,18 @@ def _teacher(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
     return st.sampled_from([0.3, 0.7]).map(lambda alpha: {"teacher": ground.teacher(), "alpha": alpha})
 
 
+@functools.cache
+def _related_words() -> str:
+    path = Path(tempfile.mkdtemp(prefix="hybridengine-words-")) / "related.json"
+    words = {"poor": ["bad", "awful"], "fine": ["maybe", "dull"], "good": ["bright", "love"], "great": ["excellent"]}
+    path.write_text(json.dumps(words), encoding="utf-8")
+    return str(path)
+
+
+def _related(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
+    return st.sampled_from([0.0, 0.2]).map(lambda rare: {"file": _related_words(), "rare": rare, "relevance": 0.0})
+
+
 PARAMETERS: dict[str, Parameters] = {
     "adafactor": _some(clip=(1.0, 2.0)),
     "adamw": _some(weight_decay=(0.0, 0.01)),
@@ -108,6 +123,7 @@ PARAMETERS: dict[str, Parameters] = {
     "gradual-unfreeze": _some(steps=(1, 2)),
     "gsam": _some(rho=(0.05,), alpha=(0.2,)),
     "ia3": _some(),
+    "knowledgeable-verbalizer": _related,
     "l2-sp": _some(alpha=(0.01, 0.1)),
     "label-smoothing": _some(smoothing=(0.1, 0.3)),
     "linear": _some(warmup=(0.0, 1)),

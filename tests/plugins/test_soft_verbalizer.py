@@ -157,9 +157,7 @@ def test_learns_beside_lora(folders: dict[str, Path], name: str) -> None:
     assert ready.logits().argmax(-1).tolist() == ready.batch.targets.tolist()
 
 
-def test_a_model_with_an_unreadable_head_is_refused(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_an_unreadable_head_is_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     monkeypatch.setattr(transformers.BertForMaskedLM, "get_output_embeddings", lambda self: None)

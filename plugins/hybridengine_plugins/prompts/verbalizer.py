@@ -56,7 +56,7 @@ class WordSearch:
         """The template must leave the words to this method."""
         if "template" in stack.names and stack.parameters("template")["verbalizer"]:
             return ["verbalizer: template names its words already; remove `verbalizer` from one of the two places"]
-        if self.file is not None:
+        if self.file is not None and "episodes" not in stack.names:  # whose labels are no words; template refuses them
             read_words(self.file, stack.facts.get("labels") or [], self.name)
         return []
 
