@@ -375,6 +375,13 @@ MUTATIONS = (
         "tests/plugins/test_knowledgeable_verbalizer.py::test_words_are_sifted_as_in_the_paper[0.3-0.98-bert]",
     ),
     Mutation(
+        "calibration that multiplies by the prior",
+        "plugins/hybridengine_plugins/prompts/calibration.py",
+        "_log(prediction.scores) - _log(prior)",
+        "_log(prediction.scores) + _log(prior)",
+        "tests/plugins/test_calibration.py::test_a_text_without_content_becomes_uniform[bert]",
+    ),
+    Mutation(
         "hidden states that nobody was asked for",
         "hybridengine/seams/context.py",
         "features = features or (self._features and model is None)",

@@ -100,6 +100,7 @@ PARAMETERS: dict[str, Parameters] = {
     "awp": _some(rho=(0.01,)),
     "balanced-sampling": _some(power=(0.0, 0.5)),
     "bitfit": _some(),
+    "calibration": _some(content=(["N/A"], ["", "N/A"])),
     "class-weights": _weights,
     "constant": _some(warmup=(0.0, 1)),
     "cosine": _some(floor=(0.0, 0.1)),
