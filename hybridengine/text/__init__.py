@@ -1,7 +1,9 @@
 """Text to tensors: tokenising, padding, templates with masks."""
 
-from hybridengine.text.cloze import Cloze, pieces_of
+from hybridengine.text.cloze import Cloze
+from hybridengine.text.pieces import pieces_of, solved
 from hybridengine.text.prompting import batch_of, rewritten, some_rows, survey
+from hybridengine.text.similarity import WordSimilarity
 from hybridengine.text.token_loss import IGNORED, token_prediction, token_terms
 from hybridengine.text.tokens import (
     accepts,
@@ -25,6 +27,7 @@ __all__ = [
     "Cloze",
     "LabelWords",
     "Verbalizer",
+    "WordSimilarity",
     "accepts",
     "base_model",
     "batch_of",
@@ -36,6 +39,7 @@ __all__ = [
     "read_words",
     "rewritten",
     "set_pad_token",
+    "solved",
     "some_rows",
     "special_ids",
     "survey",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from hybridengine.errors import ConfigError
 from hybridengine.seams.task import Feature, Row
 from hybridengine.seams.types import Batch
 from hybridengine.text.head_input import HeadInput
+from hybridengine.text.pieces import MASK, role_of, visible
 from hybridengine.text.tokens import base_model, special_ids, usable_length
 from hybridengine.text.words import AtMask, LabelWords, Verbalizer
 
@@ -23,25 +23,7 @@ if TYPE_CHECKING:
     from hybridengine.run import Run
     from hybridengine.seams.context import Context
 
-__all__ = ["Cloze", "pieces_of"]
-
-MASK = "[MASK]"
-_FIELD = re.compile(r"\{\w+\}")
-_PIECES = re.compile(r"(\{\w+\}|\[MASK\])")
-
-
-def pieces_of(text: str, key: str = "text") -> list[str]:
-    """A template such as `{text} It was [MASK].` in order: literal text, `{role}` fields, and `[MASK]` once.
-
-    Raises:
-        ValueError: no column, or not exactly one mask; `key` is named.
-    """
-    pieces = [piece for piece in _PIECES.split(text) if piece]
-    if pieces.count(MASK) != 1:
-        raise ValueError(f"{key} must hold [MASK] exactly once, got {text!r}; e.g. '{{text}} It was [MASK].'")
-    if not any(_role(piece) for piece in pieces):
-        raise ValueError(f"{key} must hold a column such as {{text}}, got {text!r}")
-    return pieces
+__all__ = ["Cloze"]
 
 
 class Cloze:
@@ -74,7 +56,7 @@ class Cloze:
         self.words: LabelWords | None = None
         self.verbalizer: Verbalizer | None = None
         self._special = special_ids(tokenizer)
-        self._written = self._visible(self.pieces)
+        self._written = visible(self.pieces, masked)
         self._model: nn.Module | None = None
         self._hook: Any = None
         self._head: HeadInput | None = None
@@ -91,6 +73,11 @@ class Cloze:
             self.install(self._model)
 
     @property
+    def columns(self) -> list[str]:
+        """The columns that the template reads, in order, each once."""
+        return list(dict.fromkeys(role for piece in self.pieces if (role := role_of(piece))))
+
+    @property
     def masks(self) -> int:
         """How many masks stand in a row: as many as the longest word has tokens; none for a causal model."""
         return (self.words.masks if self.words else 1) if self.masked else 0
@@ -104,7 +91,7 @@ class Cloze:
         pieces = self.pieces if pieces is None else pieces
         at = pieces.index(MASK)
         before = pieces[at - 1] if at else ""
-        before = "a" if _role(before) else before
+        before = "a" if role_of(before) else before
         gap = before[len(before.rstrip()) :]
         literal = before.rstrip() or ("a" if at > 1 else "")  # a column before the mask ends in some word
         short, whole = (
@@ -118,17 +105,12 @@ class Cloze:
             raise ConfigError(f"template: the tokenizer does not know the label word {word!r}; choose another word")
         return added
 
-    def _visible(self, pieces: Sequence[str]) -> list[str]:
-        """A causal model sees only what stands before the mask; literal text behind it is dropped."""
+    def beside(self, others: Sequence[Sequence[str]]) -> list[str]:
+        """The template with solved ones: behind it, the first next to it; before it where the model reads forward."""
+        parted = [f"{self.tokenizer.sep_token or ''} "] if self.masked else ["\n\n"]
         if self.masked:
-            return list(pieces)
-        at = pieces.index(MASK)
-        if after := [piece for piece in pieces[at + 1 :] if _role(piece)]:
-            raise ConfigError(
-                f"template: a causal model cannot see {after[0]}, which comes after [MASK]; put [MASK] at the end"
-            )
-        before = list(pieces[:at])
-        return [*before[:-1], before[-1].rstrip()] if before else before
+            return [*self.pieces, *(piece for other in others for piece in (*parted, *other))]
+        return [*(piece for other in reversed(others) for piece in (*other, *parted)), *self.pieces]
 
     def install(self, model: nn.Module) -> None:
         """Work with this model from now on: prepare a causal one for words of several tokens; see `Branches`."""
@@ -138,7 +120,7 @@ class Cloze:
             self._hook = None
         branches = self.words.branches if self.words else None
         if branches is not None and branches.suffix:
-            probe = "".join("a" if _role(piece) else piece for piece in self._written)
+            probe = "".join("a" if role_of(piece) else piece for piece in self._written)
             self._hook = branches.install(model, self.tokenizer(probe)["input_ids"])
 
     def keep_states(self, model: nn.Module) -> Any:
@@ -180,7 +162,7 @@ class Cloze:
         """
         if not rows:
             return []
-        written = [self._written] * len(rows) if pieces is None else [self._visible(own) for own in pieces]
+        written = [self._written] * len(rows) if pieces is None else [visible(own, self.masked) for own in pieces]
         rendered = [self._render(row, own) for row, own in zip(rows, written, strict=True)]
         encoded = self.tokenizer(
             [text for text, _, _ in rendered],
@@ -195,7 +177,7 @@ class Cloze:
         """The filled template, the end of each piece in it, and each piece's role ("" for the template's own)."""
         text, ends, owners = "", [], []
         for piece in pieces:
-            role = _role(piece)
+            role = role_of(piece)
             if role and row.get(role) is None:
                 raise ConfigError(f"template: a row has no {role!r} for {piece}; its columns are {', '.join(row)}")
             text += str(row[role]) if role else self.tokenizer.mask_token * self.masks if piece == MASK else piece
@@ -287,8 +269,3 @@ class Cloze:
         if self.words and self.words.branches:
             return self.words.branches.columns(attention)
         return (attention.argmax(1, keepdim=True) + attention.sum(1, keepdim=True) - 1).clamp_min(0)
-
-
-def _role(piece: str) -> str:
-    """The column that a piece stands for, or "" for literal text."""
-    return piece[1:-1] if _FIELD.fullmatch(piece) else ""

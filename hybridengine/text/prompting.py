@@ -11,6 +11,7 @@ import torch
 from hybridengine.seams.randomness import permutation
 from hybridengine.seams.task import Row
 from hybridengine.seams.types import Batch
+from hybridengine.text.tokens import usable_length
 from hybridengine.text.words import AtMask
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def rewritten(run: Run, batch: Batch, pieces: Sequence[Sequence[str]], rows: Seq
         pieces: a template for each row.
         rows: the rows with further columns that the templates name; by default as the data has them.
     """
-    made = batch_of(run, run.rows_of(batch.rows) if rows is None else rows, batch.rows, pieces)
+    rows = run.rows_of(batch.rows) if rows is None else rows
+    features = run.cloze.encode(rows, usable_length(run), pieces)
+    made: Batch = run.task.collate(run, features, batch.rows, run.random).to(run.device)
     return replace(batch, inputs=made.inputs, masks=made.masks)
 
 

@@ -382,6 +382,20 @@ MUTATIONS = (
         "tests/plugins/test_calibration.py::test_a_text_without_content_becomes_uniform[bert]",
     ),
     Mutation(
+        "a row demonstrates itself",
+        "plugins/hybridengine_plugins/prompts/demonstrations.py",
+        "(row for row in rows if row[2] != query)",
+        "rows",
+        "tests/plugins/test_demonstrations.py::test_never_the_query_itself_nor_its_double",
+    ),
+    Mutation(
+        "the same demonstrations at every step",
+        "plugins/hybridengine_plugins/prompts/demonstrations.py",
+        "KeyedRows(key, [mix(query)])",
+        "KeyedRows(key[:2], [mix(query)])",
+        "tests/plugins/test_demonstrations.py::test_the_choice_follows_seed_text_and_step_alone",
+    ),
+    Mutation(
         "hidden states that nobody was asked for",
         "hybridengine/seams/context.py",
         "features = features or (self._features and model is None)",

@@ -105,6 +105,7 @@ PARAMETERS: dict[str, Parameters] = {
     "constant": _some(warmup=(0.0, 1)),
     "cosine": _some(floor=(0.0, 0.1)),
     "curriculum": _some(by=("length", "rarity"), share=(0.5, 1.0)),
+    "demonstrations": _some(contexts=(1, 2), share=(0.8,)),
     "distill": _teacher,
     "dora": _some(r=(2,), dropout=(0.0, 0.1)),
     "dropout": _some(p=(0.2, 0.4)),
@@ -153,7 +154,7 @@ PARAMETERS: dict[str, Parameters] = {
     "soft-verbalizer": _some(ratio=(1.0, 10.0)),
     "supcon": _some(weight=(0.5,), temperature=(0.3,), pool=("mean", "first")),
     "swa": _some(start=(0,), every=(1, 2)),
-    "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
+    "template": lambda ground: st.just({"text": "{text} [MASK]", "verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
     "verbalizer": _some(words=(2, 3)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),
@@ -179,7 +180,7 @@ def companions(names: Sequence[str]) -> list[str]:
 def without_words(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same methods; beside one that finds words, `template` names none."""
     found = any("verbalizer" in method for method in methods)
-    return [{"template": {}} if found and "template" in method else method for method in methods]
+    return [{"template": {"text": "{text} [MASK]"}} if found and "template" in method else method for method in methods]
 
 
 @st.composite

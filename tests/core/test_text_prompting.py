@@ -12,7 +12,7 @@ from hybridengine.data.rows import Split
 from hybridengine.errors import ModelError
 from hybridengine.seams import Batch
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
-from hybridengine.text import AtMask, Cloze, pieces_of
+from hybridengine.text import AtMask, Cloze, WordSimilarity, pieces_of
 from hybridengine.text.head_input import HeadInput
 
 MODELS = {"bert": (tiny_bert, "encoder"), "gpt2": (tiny_gpt2, "decoder"), "llama": (tiny_llama, "decoder")}
@@ -106,3 +106,15 @@ def test_rows_may_have_templates_of_their_own(masked: bool) -> None:
     ends = ["[MASK]", "!", "[SEP]"] if masked else []
     assert said == ["[CLS]" if masked else "<s>", "fine", "and", "a", "book", "is", *ends]
     assert theirs["perturbable"] == [0, 1, 0, 1, 1, 0, *[0] * len(ends)]
+
+
+def test_similarity_is_that_of_scikit_learn() -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts = ["A good film, a GOOD one", "the plot was bad", "", "film of the year 1999", "好 电 影"]
+    vectors = TfidfVectorizer(token_pattern=r"\w+").fit(texts)
+    known = WordSimilarity(texts)
+    for query in [*texts, "a film unheard of", "nothing shared"]:
+        expected = (vectors.transform([query]) @ vectors.transform(texts).T).toarray()[0]
+        assert known.to(query) == pytest.approx(list(expected), abs=1e-12)
+    assert WordSimilarity(["好电影", "坏书"]).to("一部电影")[0] > 0  # no spaces between words
