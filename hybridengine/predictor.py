@@ -73,6 +73,7 @@ class Predictor:
         run.predicting = True
         run.notes.clear()
         run.labels = list(about["labels"])
+        run.memories = dict(about.get("memory", {}))
         run.task = self._hooks.build("build_task", run, only=self._resolved.task.name)
         run.model_config = load_model_config(config.model)
         run.tokenizer = self._hooks.build("build_tokenizer", run) or load_tokenizer(config.model)

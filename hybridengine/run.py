@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hybridengine.config import Config
-from hybridengine.data.rows import Split, row_places
+from hybridengine.data.rows import Split, row_places, rows_of
 from hybridengine.errors import ModelError
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.inner import InnerUpdate
@@ -21,6 +21,7 @@ from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.randomness import KeyedRows
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.soft_tokens import SoftTokens
+from hybridengine.seams.task import Row
 
 __all__ = ["ParamGroup", "Run"]
 
@@ -61,6 +62,7 @@ class Run:
         labels: label names in id order, where the task has labels.
         modules: extra modules by name (teachers, averages, learned rates, soft tokens), checkpointed.
         slots: the exclusive places that methods of the stack take, known from `transform_model` on.
+        cloze: the `hybridengine.text.Cloze` of a template, where one writes the rows.
         step: optimizer steps made; `total_steps` how many are planned.
         stop_reason: set it to stop training after this step, with the reason.
         notes: things worth telling the user, in order.
@@ -86,6 +88,7 @@ class Run:
         self.task: Any = None
         self.splits: dict[str, Split] = {}
         self.labels: list[str] = []
+        self.cloze: Any = None
         self.sites: Sites | None = None
         self.first_position: FirstPosition | None = None
         self.lazy_head: nn.Module | None = None
@@ -111,6 +114,9 @@ class Run:
         self.inner_update: InnerUpdate | None = None  # how, where a method learned it; at test time too
         self.load_model: Callable[[str], nn.Module] = self._cannot_load
         self.value: Callable[[str, Tensor], Tensor] = lambda name, parameter: parameter  # set by the context
+        self.load_answers: Callable[[str], Callable[[Sequence[Row]], Tensor] | None] = lambda name: None
+        self.memories: dict[str, dict[str, Any]] = {}
+        self._made_up: list[Row] = []
         self._state: dict[str, dict[str, Any]] = {}
         self._optimised: dict[str, nn.Parameter] | None = None
 
@@ -119,6 +125,13 @@ class Run:
     def state(self, name: str) -> dict[str, Any]:
         """A method's own state: tensors and JSON values by name, saved and restored with checkpoints."""
         return self._state.setdefault(name, {})
+
+    def memory(self, name: str) -> dict[str, Any]:
+        """What a method learned before the first step and needs to predict: JSON values, kept in `best/`.
+
+        Where a finished run is loaded they are there before `on_run_start`.
+        """
+        return self.memories.setdefault(name, {})
 
     @property
     def states(self) -> dict[str, dict[str, Any]]:
@@ -171,6 +184,21 @@ class Run:
     def places(self, rows: Sequence[int]) -> list[str]:
         """`file:row` of rows by their global ids, for messages."""
         return row_places(self.splits, rows)
+
+    def rows_of(self, ids: Sequence[int]) -> list[Row]:
+        """The rows that have these global ids (`batch.rows`).
+
+        Raises:
+            KeyError: there is no such row.
+        """
+        if not self._made_up:
+            return rows_of(self.splits, ids)
+        return [self._made_up[-1 - i] if i < 0 else rows_of(self.splits, [i])[0] for i in ids]
+
+    def make_up(self, rows: Sequence[Row]) -> tuple[int, ...]:
+        """Global ids for rows that stand in no split, e.g. texts without content."""
+        self._made_up += rows
+        return tuple(range(-1 - len(self._made_up) + len(rows), -1 - len(self._made_up), -1))
 
     def say(self, *notes: str) -> None:
         """Tell the user something, each once."""

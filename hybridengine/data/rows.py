@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["SPLITS", "TARGET_ROLES", "Split", "row_places"]
+__all__ = ["SPLITS", "TARGET_ROLES", "Split", "row_places", "rows_of"]
 
 SPLITS = ("train", "validation", "test", "unlabelled")
 TARGET_ROLES = frozenset({"label", "labels", "tags", "summary", "target"})
@@ -57,9 +57,23 @@ class Split:
 
 def row_places(splits: Mapping[str, Split], ids: Sequence[int]) -> list[str]:
     """`file:row` of rows by their global ids; the id itself where no split holds it."""
-    places = []
-    for number in ids:
-        index, position = divmod(number, _STRIDE)
-        split = splits.get(SPLITS[index]) if 0 <= index < len(SPLITS) else None
-        places.append(split.where(position) if split is not None and position < len(split) else str(number))
-    return places
+    found = [(_place(splits, number), number) for number in ids]
+    return [str(number) if place is None else place[0].where(place[1]) for place, number in found]
+
+
+def rows_of(splits: Mapping[str, Split], ids: Sequence[int]) -> list[Mapping[str, Any]]:
+    """The rows that have these global ids.
+
+    Raises:
+        KeyError: no split holds a row.
+    """
+    places = [_place(splits, number) for number in ids]
+    if None in places:
+        raise KeyError(f"no split holds the row {ids[places.index(None)]}")
+    return [place[0].rows[place[1]] for place in places if place is not None]
+
+
+def _place(splits: Mapping[str, Split], number: int) -> tuple[Split, int] | None:
+    index, position = divmod(number, _STRIDE)
+    split = splits.get(SPLITS[index]) if 0 <= index < len(SPLITS) else None
+    return (split, position) if split is not None and position < len(split) else None

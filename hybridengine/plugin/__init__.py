@@ -5,7 +5,7 @@ from hybridengine.model.depth import parameter_levels
 from hybridengine.plugin.catalogue import Catalogue, Listing
 from hybridengine.plugin.hookspecs import HookSpecs, hook
 from hybridengine.plugin.lengths import check_share, whole_steps
-from hybridengine.plugin.optimizer import GroupwiseOptimizer, split_hidden
+from hybridengine.plugin.optimizer import GroupwiseOptimizer, split_hidden, with_rate
 from hybridengine.plugin.stacking import Method, StackView
 from hybridengine.plugin.traits import Band, Traits, parameter
 from hybridengine.run import ParamGroup, Run
@@ -28,4 +28,5 @@ __all__ = [
     "parameter_levels",
     "split_hidden",
     "whole_steps",
+    "with_rate",
 ]

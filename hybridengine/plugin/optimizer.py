@@ -1,4 +1,4 @@
-"""For optimizers of a plugin's own: one group at a time, and the matrices of hidden layers apart from the rest."""
+"""For optimizers and parameter groups of a plugin's own: one group at a time, some parameters apart from the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hybridengine.run import ParamGroup, Run
 
-__all__ = ["GroupwiseOptimizer", "split_hidden"]
+__all__ = ["GroupwiseOptimizer", "split_hidden", "with_rate"]
 
 
 class GroupwiseOptimizer(torch.optim.Optimizer, ABC):
@@ -48,15 +48,15 @@ def split_hidden(
     """Groups as torch takes them, vectors undecayed, those of hidden layers' matrices apart.
 
     Args:
-        chosen: which of these matrices, which are neither embeddings nor of the task's head.
+        chosen: which of these matrices, which are neither embeddings nor of the task's head or a run module.
 
     Yields:
         A group, and whether it holds chosen matrices.
     """
     apart = {id(p) for module in run.model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     for group in groups:
-        named = group.parameters.items()
-        apart |= {id(p) for name, p in named if any(fnmatch.fnmatchcase(name, part) for part in run.task.head)}
+        named, head = group.parameters.items(), run.task.head
+        apart |= {id(p) for n, p in named if "/" in n or any(fnmatch.fnmatchcase(n, part) for part in head)}
         for entry in group.with_undecayed_vectors():
             hidden = [p for p in entry["params"] if p.dim() == 2 and id(p) not in apart and chosen(p)]
             kept = {id(p) for p in hidden}
@@ -65,3 +65,15 @@ def split_hidden(
                 yield {**entry, "params": hidden}, True
             if rest:
                 yield {**entry, "params": rest}, False
+
+
+def with_rate(run: Run, groups: Sequence[ParamGroup], chosen: Callable[[str], bool], ratio: float) -> list[ParamGroup]:
+    """Groups in which the parameters whose names are chosen learn at `ratio` times their group's rate."""
+    split = []
+    for group in groups:
+        apart = {name: value for name, value in group.parameters.items() if chosen(name)}
+        rest = {name: value for name, value in group.parameters.items() if not chosen(name)}
+        rate = group.options.get("lr", run.config.train.lr)
+        split += [ParamGroup(rest, **group.options)] if rest else []
+        split += [ParamGroup(apart, **{**group.options, "lr": ratio * rate})] if apart else []
+    return split

@@ -66,8 +66,11 @@ class Branches:
         mask = torch.zeros(visible.shape, dtype=dtype, device=attention.device)
         return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None], positions
 
-    def install(self, model: nn.Module, text: Sequence[int]) -> None:
+    def install(self, model: nn.Module, text: Sequence[int]) -> Any:
         """Add the hook, and prove on a short text that this architecture obeys mask and positions.
+
+        Returns:
+            Its handle, to remove it.
 
         Raises:
             ModelError: if it does not.
@@ -79,7 +82,7 @@ class Branches:
             raise ModelError(f"template: {self._refusal(model)} ({str(error).splitlines()[0]})") from error
         if gap > _TOLERANCE:
             raise ModelError(f"template: {self._refusal(model)}")
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        return model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         attention = kwargs["attention_mask"]
@@ -92,13 +95,14 @@ class Branches:
         model.eval()
         try:
             with torch.no_grad():
-                ids = torch.tensor([text + self.suffix])
+                device = next(model.parameters()).device
+                ids = torch.tensor([text + self.suffix], device=device)
                 together = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.log_softmax(-1)[0]
                 handle.remove()
                 gaps = []
                 for number in sorted(set(self._owner[:-1].tolist())):
                     mine = (self._owner[:-1] == number).nonzero()[:, 0].tolist()
-                    alone = torch.tensor([text + [self.suffix[i] for i in mine]])
+                    alone = torch.tensor([text + [self.suffix[i] for i in mine]], device=device)
                     expected = model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits.log_softmax(-1)[0]
                     found = together[[len(text) + i for i in mine]]
                     gaps.append(float((found - expected[len(text) :]).abs().max()))

@@ -40,7 +40,7 @@ def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
         }
         if modules:
             write_tensors(staging / "run_modules.safetensors", modules)
-        about = {"step": run.step, "labels": run.labels, "task": run.config.task_entry[0]}
+        about = {"step": run.step, "labels": run.labels, "task": run.config.task_entry[0], "memory": run.memories}
         (staging / "hybridengine.json").write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

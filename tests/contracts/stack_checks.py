@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-from stack_draws import PARAMETERS, Ground, Probe, traits_of
+from stack_draws import PARAMETERS, Ground, Probe, companions, traits_of, without_words
 from tiny_runs import run_config
 
 import hybridengine
@@ -26,11 +26,9 @@ def typical(name: str, ground: Ground) -> dict[str, Any]:
 
 
 def complete(names: Iterable[str], ground: Ground) -> list[dict[str, Any]]:
-    """These methods with typical parameters, and `episodes` where one of them learns from episodes."""
+    """These methods with typical parameters, and what they need beside them."""
     wanted = list(names)
-    if any("episodes" in traits_of(name).requires for name in wanted) and "episodes" not in wanted:
-        wanted.append("episodes")
-    return [typical(name, ground) for name in wanted]
+    return without_words([typical(name, ground) for name in [*wanted, *companions(wanted)]])
 
 
 def refusal(engine: Engine, methods: list[dict[str, Any]]) -> str | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +80,18 @@ def _teacher(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
     return st.sampled_from([0.3, 0.7]).map(lambda alpha: {"teacher": ground.teacher(), "alpha": alpha})
 
 
+@functools.cache
+def _related_words() -> str:
+    path = Path(tempfile.mkdtemp(prefix="hybridengine-words-")) / "related.json"
+    words = {"poor": ["bad", "awful"], "fine": ["maybe", "dull"], "good": ["bright", "love"], "great": ["excellent"]}
+    path.write_text(json.dumps(words), encoding="utf-8")
+    return str(path)
+
+
+def _related(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
+    return st.sampled_from([0.0, 0.2]).map(lambda rare: {"file": _related_words(), "rare": rare, "relevance": 0.0})
+
+
 PARAMETERS: dict[str, Parameters] = {
     "adafactor": _some(clip=(1.0, 2.0)),
     "adamw": _some(weight_decay=(0.0, 0.01)),
@@ -85,10 +100,12 @@ PARAMETERS: dict[str, Parameters] = {
     "awp": _some(rho=(0.01,)),
     "balanced-sampling": _some(power=(0.0, 0.5)),
     "bitfit": _some(),
+    "calibration": _some(content=(["N/A"], ["", "N/A"])),
     "class-weights": _weights,
     "constant": _some(warmup=(0.0, 1)),
     "cosine": _some(floor=(0.0, 0.1)),
     "curriculum": _some(by=("length", "rarity"), share=(0.5, 1.0)),
+    "demonstrations": _some(contexts=(1, 2), share=(0.8,)),
     "distill": _teacher,
     "dora": _some(r=(2,), dropout=(0.0, 0.1)),
     "dropout": _some(p=(0.2, 0.4)),
@@ -108,6 +125,7 @@ PARAMETERS: dict[str, Parameters] = {
     "gradual-unfreeze": _some(steps=(1, 2)),
     "gsam": _some(rho=(0.05,), alpha=(0.2,)),
     "ia3": _some(),
+    "knowledgeable-verbalizer": _related,
     "l2-sp": _some(alpha=(0.01, 0.1)),
     "label-smoothing": _some(smoothing=(0.1, 0.3)),
     "linear": _some(warmup=(0.0, 1)),
@@ -133,6 +151,7 @@ PARAMETERS: dict[str, Parameters] = {
     "sam": _some(rho=(0.05,)),
     "schedule-free": _some(warmup=(0.0, 1)),
     "sgd": _some(momentum=(0.0, 0.9)),
+    "soft-verbalizer": _some(ratio=(1.0, 10.0)),
     "supcon": _some(weight=(0.5,), temperature=(0.3,), pool=("mean", "first")),
     "swa": _some(start=(0,), every=(1, 2)),
     "prompt-tuning": _some(n=(1, 3), text=(None, "good bad"), attacked=(False, True)),
@@ -140,7 +159,9 @@ PARAMETERS: dict[str, Parameters] = {
     "prefix-tuning": _some(n=(2,), hidden=(4,)),
     "p-tuning-v2": _some(n=(1, 3)),
     "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
+    "template": lambda ground: st.just({"text": "{text} [MASK]", "verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
+    "verbalizer": _some(words=(2, 3)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),
     "weight-decay": _some(value=(0.1,)),
     "wsd": _some(shape=("linear", "sqrt")),
@@ -154,18 +175,27 @@ def traits_of(name: str) -> Traits:
     return found
 
 
+def companions(names: Sequence[str]) -> list[str]:
+    """What these methods need beside them: `episodes`, or a `template` to build on."""
+    needed = {need for name in names for need in traits_of(name).requires}
+    wanted = {"episodes": "episodes", "cloze": "template"}
+    return [method for need, method in wanted.items() if need in needed and method not in names]
+
+
+def without_words(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same methods; beside one that finds words, `template` names none."""
+    found = any("verbalizer" in method for method in methods)
+    return [{"template": {"text": "{text} [MASK]"}} if found and "template" in method else method for method in methods]
+
+
 @st.composite
 def stacks(draw: st.DrawFn, least: int = 1) -> tuple[Ground, list[dict[str, Any]], dict[str, Any]]:
     """A ground, `least` to 4 methods with parameters, and options of the `train` section."""
     ground = draw(st.sampled_from(GROUNDS))
     names = draw(st.lists(st.sampled_from(sorted(PARAMETERS)), min_size=least, max_size=4, unique=True))
-    if (
-        any("episodes" in traits_of(name).requires for name in names)
-        and "episodes" not in names
-        and draw(st.booleans())
-    ):
-        names.append("episodes")  # else meta-learning would nearly always be refused
-    methods = [{name: draw(PARAMETERS[name](ground))} for name in names]
+    # without these, methods that build on them would nearly always be refused
+    names += [name for name in companions(names) if draw(st.booleans())]
+    methods = without_words([{name: draw(PARAMETERS[name](ground))} for name in names])
     return ground, methods, {"accumulate": draw(st.sampled_from([1, 2])), "seed": draw(st.integers(0, 3))}
 
 

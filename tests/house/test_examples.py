@@ -19,7 +19,8 @@ from hybridengine.testing import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.yaml"))
-ARCHITECTURES = {"summarization": "t5", "template-few-shot": "masked"}
+MASKED = ("demonstrations", "found-words", "related-words", "soft-words", "template-few-shot")
+ARCHITECTURES = {"summarization": "t5", **dict.fromkeys(MASKED, "masked")}
 NEEDS = {"distill": "full"}  # an example that starts from another one's run
 
 

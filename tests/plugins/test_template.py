@@ -9,89 +9,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompted import ROWS, VERBALIZER, Ready, checkpoints
 
 from hybridengine.errors import ConfigError, ModelError
-from hybridengine.plugin import Split, StackView
+from hybridengine.plugin import StackView
 from hybridengine.seams import View
 from hybridengine.stack import check_stack
 from hybridengine.stack.plan import make_plan
 from hybridengine.stack.resolve import as_method
-from hybridengine.testing import WORDS, make_batch, set_up, tiny_checkpoint, tiny_config, tiny_tokenizer
+from hybridengine.testing import WORDS, tiny_config, tiny_tokenizer
 from hybridengine.text.branches import Branches
 from hybridengine_plugins.adapters.lora import LoRA
 from hybridengine_plugins.adversarial.fgm import FGM
 from hybridengine_plugins.meta.episodes import Episodes
 from hybridengine_plugins.prompts.template import Template
-from hybridengine_plugins.tasks.text_classification import TextClassification
 
-VERBALIZER = {"bad": "terrible", "good": "great", "mixed": "fine"}
-ROWS = [
-    {"text": "a good movie", "label": "good"},
-    {"text": "the plot was not very good and the actor was awful", "label": "bad"},
-    {"text": "fine", "label": "mixed"},
-    {"text": "yes i enjoy [MASK] it", "label": "good"},
-]
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "_models" / "stories260k"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    made = {
-        "bert": tiny_checkpoint(root / "bert", "bert", "AutoModelForMaskedLM"),
-        "headless": tiny_checkpoint(root / "headless", "bert", "AutoModel"),
-        "gpt2": tiny_checkpoint(root / "gpt2", "gpt2"),
-        "llama": tiny_checkpoint(root / "llama", "llama"),
-        "t5": tiny_checkpoint(root / "t5", "t5"),
-    }
-    return made
-
-
-class Ready:
-    """A bench whose model, features and batches come from a template, as the engine builds them."""
-
-    def __init__(self, template, folder, *others, rows=ROWS, max_length=64, side="right", fp64=True, **options):
-        from transformers import AutoTokenizer
-
-        self.task = TextClassification()
-
-        def prepare(run):
-            run.config.model.name = str(folder)
-            run.config.train.max_length = max_length
-            run.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
-            run.splits = {"train": Split("train", rows)}
-            self.task.prepare(run, rows)
-
-        run = set_up([], _nothing(), make_batch(), task=self.task, prepare=prepare, max_length=max_length).run
-        model = self.task.configure(run, template.build_model(run))
-        run.model = model
-        self.features = template.build_features(run, rows)
-        self.base = model.double() if fp64 else model
-
-        def again(new):
-            prepare(new)
-            new.tokenizer = run.tokenizer
-
-        self.batch = self.collate(run, range(len(rows)))
-        self.bench = set_up(
-            [template, *others], self.base, self.batch, task=self.task, prepare=again, labels=run.labels, **options
-        )
-        self.run = self.bench.run
-        self.run.labels = run.labels
-
-    def collate(self, run, chosen):
-        return self.task.collate(run, [self.features[i] for i in chosen], run.splits["train"].ids(chosen), run.random)
-
-    def logits(self, batch=None):
-        self.run.model.eval()
-        with torch.no_grad():
-            return self.bench.ctx.outputs(batch or self.batch, [View()])[0].logits
-
-
-def _nothing():
-    from hybridengine.testing import tiny_bert
-
-    return tiny_bert(num_labels=3)
+    return checkpoints(tmp_path_factory.mktemp("models"))
 
 
 # ---- words and scores ------------------------------------------------------------------------------------------------
@@ -216,11 +154,10 @@ def test_repeating_a_word_does_not_favour_its_class(folders):
     text=st.sampled_from(["{text} it was [MASK].", "[MASK]: {text}", "{text_pair}? [MASK], {text} it was"]),
 )
 def test_masks_and_template_survive_every_truncation(words, pair, limit, label_word, text):
-    from hybridengine.text.cloze import Cloze
-    from hybridengine_plugins.prompts.template import _PIECES
+    from hybridengine.text import Cloze, pieces_of
 
     tokenizer = tiny_tokenizer()
-    cloze = Cloze(tokenizer, [p for p in _PIECES.split(text) if p], [["good"], [label_word]], masked=True)
+    cloze = Cloze(tokenizer, pieces_of(text), [["good"], [label_word]], masked=True)
     row = {"text": " ".join(words), "text_pair": " ".join(pair)}
     (feature,) = cloze.encode([row], limit)
     ids, mine = feature["input_ids"], feature["perturbable"]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from hybridengine.model import linear_targets, new_heads, task_type, transposed, wrap_by_peft
-from hybridengine.plugin import Band, ParamGroup, Run, Traits, hook, parameter
+from hybridengine.plugin import Band, ParamGroup, Run, Traits, hook, parameter, with_rate
 
 __all__ = ["DoRA", "LoRA", "LoRAPlus", "RsLoRA"]
 
@@ -142,14 +142,7 @@ class LoRAPlus(LoRA):
     @hook
     def transform_param_groups(self, run: Run, groups: list[ParamGroup]) -> list[ParamGroup]:
         """Split each group: the matrices B apart."""
-        split = []
-        for group in groups:
-            faster = {name: value for name, value in group.parameters.items() if _is_b(name)}
-            rest = {name: value for name, value in group.parameters.items() if not _is_b(name)}
-            rate = group.options.get("lr", run.config.train.lr)
-            split += [ParamGroup(rest, **group.options)] if rest else []
-            split += [ParamGroup(faster, **{**group.options, "lr": self.ratio * rate})] if faster else []
-        return split
+        return with_rate(run, groups, _is_b, self.ratio)
 
 
 def _is_b(name: str) -> bool:

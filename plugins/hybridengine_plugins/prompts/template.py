@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,11 +12,9 @@ from hybridengine.errors import ConfigError, ModelError, did_you_mean
 from hybridengine.model import load_model, load_model_config
 from hybridengine.plugin import Run, StackView, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Feature, Row
-from hybridengine.text import Cloze, usable_length
+from hybridengine.text import Cloze, pieces_of
 
 __all__ = ["Template"]
-
-_PIECES = re.compile(r"(\{\w+\}|\[MASK\])")
 
 
 @dataclass(eq=False)
@@ -28,7 +25,8 @@ class Template:
     gets as many masks as the longest word has tokens, and s(v) = log p(v | text before the mask), the chain rule, on
     a causal LM, where longer words share the row as branches that do not see each other (one forward; words of one
     token cost nothing). The logit of a class is log of the mean of exp s(v) over its words: more words win nothing.
-    The text is cut to fit, never the template or a mask; template tokens are not perturbable.
+    The text is cut to fit, never the template or a mask; template tokens are not perturbable. The words may come from
+    another method instead, and another may read classes from the mask in its own way (`verbalizer` and its kin).
 
     Paper: Schick and Schütze 2021, "Exploiting Cloze Questions" (PET); Gao et al. 2021 (LM-BFF).
     Hooks: `build_model`, `build_features`, `transform_outputs`, `check_stack`. Cost: a plain step with an LM head.
@@ -38,25 +36,22 @@ class Template:
     traits: ClassVar[Traits] = Traits(
         family="prompts",
         requires=("labels",),
+        provides=("cloze",),
         cost="a plain step with a language-model head",
         paper="Schick and Schütze 2021, arXiv:2001.07676",
         combines="lora, attacks, consistency terms; not episodes",
     )
 
     verbalizer: dict[str, str | list[str]] = parameter(
-        help="label to its word or words at the mask",
-        example={"negative": ["bad", "terrible"], "positive": "great"},
-        min_length=1,
+        dict,
+        "label to its word or words at the mask, e.g. {negative: [bad, terrible], positive: great}; none where"
+        " another method finds or learns them",
     )
     text: str = parameter("{text} It was [MASK].", "template: `{role}` is a column's text, `[MASK]` the label word")
     _cloze: Cloze | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._pieces = [piece for piece in _PIECES.split(self.text) if piece]
-        if self._pieces.count("[MASK]") != 1:
-            raise ValueError(f"text must hold [MASK] exactly once, got {self.text!r}; e.g. '{{text}} It was [MASK].'")
-        if not any(piece[0] == "{" for piece in self._pieces):
-            raise ValueError(f"text must hold a column such as {{text}}, got {self.text!r}")
+        self._pieces = pieces_of(self.text)
         empty = [
             label for label, words in self.verbalizer.items() if not all(w.strip() for w in _listed(words) or [""])
         ]
@@ -65,7 +60,14 @@ class Template:
 
     @hook
     def check_stack(self, stack: StackView) -> list[str]:
-        """The verbalizer must name every label, and nothing else."""
+        """The verbalizer must name every label, and nothing else; or another method is there for it."""
+        if not self.verbalizer:
+            if any("verbalizer" in method.traits.slots for method in stack.methods):
+                return []
+            return [
+                "template: there are no words for the labels; add `verbalizer: {label: word}` to it, or a method that"
+                " finds or learns them: verbalizer, soft-verbalizer"
+            ]
         return self._label_problems(list(stack.facts.get("labels") or self.verbalizer))
 
     def _label_problems(self, labels: list[str]) -> list[str]:
@@ -88,7 +90,7 @@ class Template:
         """
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-        if problems := self._label_problems(run.labels):
+        if self.verbalizer and (problems := self._label_problems(run.labels)):
             raise ConfigError(problems)
         name = run.config.model.name
         kind = type(load_model_config(run.config.model))
@@ -97,8 +99,8 @@ class Template:
             raise ModelError(
                 f"template: {name} is neither a masked nor a causal language model; use BERT's or GPT's kin"
             )
-        words = [_listed(self.verbalizer[label]) for label in run.labels]
-        self._cloze = Cloze(run.tokenizer, self._pieces, words, masked)
+        words = [_listed(self.verbalizer[label]) for label in run.labels] if self.verbalizer else []
+        run.cloze = self._cloze = Cloze(run.tokenizer, self._pieces, words, masked)
         model, missing = load_model("AutoModelForMaskedLM" if masked else "AutoModelForCausalLM", run.config.model, {})
         if missing:
             raise ModelError(
@@ -114,10 +116,7 @@ class Template:
     @hook
     def build_features(self, run: Run, rows: Sequence[Row]) -> list[Feature]:
         """Rows in the template, cut so that template and masks stay; labels and the like as the task has them."""
-        encoded = self._ready().encode(rows, usable_length(run))
-        own = ("input_ids", "token_type_ids", "perturbable", "length", "truncated")
-        rest = [{k: v for k, v in f.items() if k not in own} for f in run.task.features(run, rows)]
-        return [{**kept, **feature} for kept, feature in zip(rest, encoded, strict=True)]
+        return self._ready().features(run, rows)
 
     # ---- outputs ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +124,7 @@ class Template:
     def transform_outputs(self, ctx: Context, batch: Batch, outputs: Any) -> Any:
         """Vocabulary logits `[B, L, V]` to class logits `[B, C]`."""
         if not ctx.run.dry:  # the toy model of the plan has class logits already
-            outputs.logits = self._ready().classify(outputs.logits, batch)
+            outputs.logits = self._ready().classify(outputs.logits, batch, ctx)
         return outputs
 
     def _ready(self) -> Cloze:

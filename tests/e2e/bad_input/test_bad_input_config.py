@@ -29,7 +29,7 @@ ADDED = {
         "methods:\n  - pgd: {epsilon: -1}",
         ["config.yaml:7: methods.0.pgd.epsilon: must be greater than or equal to 0, got -1"],
     ),
-    "missing parameter": ("methods: [template]", ["config.yaml:6: missing key 'methods.0.template.verbalizer'"]),
+    "missing parameter": ("methods: [distill]", ["config.yaml:6: missing key 'methods.0.distill.teacher'"]),
     "method twice": ("methods:\n  - fgm\n  - fgm: {epsilon: 2}", ["config.yaml:8: method 'fgm' is named twice"]),
     "two methods in an entry": ("methods:\n  - fgm:\n    lora: {r: 2}", ["config.yaml:6:", "one name per entry"]),
     "methods as text": ("methods: fgm", ["config.yaml:6: methods: must be a list such as [a, b]; got 'fgm'"]),
