@@ -1,5 +1,6 @@
 """Text to tensors: tokenising, padding, templates with masks."""
 
+from hybridengine.text.augmentation import Rewrite, add_copies
 from hybridengine.text.cloze import Cloze
 from hybridengine.text.token_loss import IGNORED, token_prediction, token_terms
 from hybridengine.text.tokens import (
@@ -15,16 +16,24 @@ from hybridengine.text.tokens import (
     tokenise,
     usable_length,
 )
+from hybridengine.text.words import STOP_WORDS, Word, cased_like, edits, replaced, words_of
 
 __all__ = [
     "IGNORED",
+    "STOP_WORDS",
     "Cloze",
+    "Rewrite",
+    "Word",
     "accepts",
+    "add_copies",
     "base_model",
     "blocks",
+    "cased_like",
+    "edits",
     "head_patterns",
     "padded",
     "padded_inputs",
+    "replaced",
     "set_pad_token",
     "special_ids",
     "to_side",
@@ -32,4 +41,5 @@ __all__ = [
     "token_terms",
     "tokenise",
     "usable_length",
+    "words_of",
 ]

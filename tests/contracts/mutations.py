@@ -319,6 +319,27 @@ MUTATIONS = (
         "tests/plugins/test_sam.py::test_awp_attacks_the_input_once",
     ),
     Mutation(
+        "copies of copies",
+        "hybridengine/text/augmentation.py",
+        '"augmented_from" not in row',
+        "row is not None",
+        "tests/plugins/test_synonym.py::test_copies_of_several_methods_add_up",
+    ),
+    Mutation(
+        "all copies of a row drawn by one key",
+        "hybridengine/text/augmentation.py",
+        "ids[i], number % copies)",
+        "ids[i])",
+        "tests/plugins/test_synonym.py::test_alone_and_keyed",
+    ),
+    Mutation(
+        "stop words replaced by synonyms",
+        "plugins/hybridengine_plugins/data/synonym.py",
+        "not word.is_stop_word and word.core",
+        "word.core",
+        "tests/plugins/test_synonym.py::test_replaces_so_many_words_that_are_no_stop_words",
+    ),
+    Mutation(
         "few-shot chooses the same rows of every split",
         "plugins/hybridengine_plugins/data/few_shot.py",
         '"few-shot", split.name, name)',

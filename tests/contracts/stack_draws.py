@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
-from tiny_runs import LABELS, checkpoint
+from tiny_runs import LABELS, checkpoint, synonyms
 from torch import Tensor
 
 from hybridengine.plugin import Catalogue, Run, Traits, hook
@@ -135,6 +135,7 @@ PARAMETERS: dict[str, Parameters] = {
     "sgd": _some(momentum=(0.0, 0.9)),
     "supcon": _some(weight=(0.5,), temperature=(0.3,), pool=("mean", "first")),
     "swa": _some(start=(0,), every=(1, 2)),
+    "synonym": lambda ground: st.just({"path": synonyms(), "alpha": 0.5}),
     "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),
