@@ -2,12 +2,14 @@
 
 from hybridengine.text.augmentation import Rewrite, add_copies
 from hybridengine.text.cloze import Cloze
+from hybridengine.text.sampling import by_length, sample_top_k
 from hybridengine.text.token_loss import IGNORED, token_prediction, token_terms
 from hybridengine.text.tokens import (
     accepts,
     base_model,
     blocks,
     head_patterns,
+    longest_input,
     padded,
     padded_inputs,
     set_pad_token,
@@ -28,12 +30,15 @@ __all__ = [
     "add_copies",
     "base_model",
     "blocks",
+    "by_length",
     "cased_like",
     "edits",
     "head_patterns",
+    "longest_input",
     "padded",
     "padded_inputs",
     "replaced",
+    "sample_top_k",
     "set_pad_token",
     "special_ids",
     "to_side",

@@ -340,6 +340,20 @@ MUTATIONS = (
         "tests/plugins/test_synonym.py::test_replaces_so_many_words_that_are_no_stop_words",
     ),
     Mutation(
+        "the old word filled in again",
+        "plugins/hybridengine_plugins/data/mask_infill.py",
+        "barred[index, self._tokens.get(word.lower(), [])] = True",
+        "pass",
+        "tests/plugins/test_mask_infill.py::test_only_whole_words_are_written_and_never_the_old_one",
+    ),
+    Mutation(
+        "the label's characters taken for the text's",
+        "plugins/hybridengine_plugins/data/mask_infill.py",
+        "word.start + len(head), word.end + len(head)",
+        "word.start, word.end",
+        "tests/plugins/test_mask_infill.py::test_the_label_is_read_before_the_text_and_not_written_into_it",
+    ),
+    Mutation(
         "few-shot chooses the same rows of every split",
         "plugins/hybridengine_plugins/data/few_shot.py",
         '"few-shot", split.name, name)',

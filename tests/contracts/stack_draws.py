@@ -119,6 +119,7 @@ PARAMETERS: dict[str, Parameters] = {
     "lp-ft": _some(steps=(1, 5)),
     "maml": _some(inner_steps=(1, 2), first_order=(False, True), inner_loss=("task", "full")),
     "maml-plus-plus": _some(inner_steps=(1, 2), multi_step=(0, 2), first_order_steps=(0, 1)),
+    "mask-infill": lambda ground: st.just({"model": checkpoint("bert", "AutoModelForMaskedLM"), "alpha": 0.3}),
     "meta-sgd": _some(inner_steps=(1, 2), first_order=(False, True)),
     "muon": _some(momentum=(0.9,)),
     "neftune": _some(alpha=(0.3,)),
