@@ -354,6 +354,13 @@ MUTATIONS = (
         "tests/plugins/test_mask_infill.py::test_the_label_is_read_before_the_text_and_not_written_into_it",
     ),
     Mutation(
+        "both ways drawn by one key",
+        "plugins/hybridengine_plugins/data/back_translation.py",
+        "[mix(key, way) for key in numbered]",
+        "numbered",
+        "tests/plugins/test_back_translation.py::test_matches_decoding_by_hand[5]",
+    ),
+    Mutation(
         "few-shot chooses the same rows of every split",
         "plugins/hybridengine_plugins/data/few_shot.py",
         '"few-shot", split.name, name)',

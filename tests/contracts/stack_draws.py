@@ -83,6 +83,9 @@ PARAMETERS: dict[str, Parameters] = {
     "anil": _some(inner_steps=(1, 2), first_order=(False, True)),
     "asam": _some(rho=(0.5,)),
     "awp": _some(rho=(0.01,)),
+    "back-translation": lambda ground: st.just(
+        {"there": checkpoint("t5"), "back": checkpoint("t5", seed=1), "max_new_tokens": 4}
+    ),
     "balanced-sampling": _some(power=(0.0, 0.5)),
     "bitfit": _some(),
     "class-weights": _weights,
