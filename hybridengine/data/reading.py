@@ -14,7 +14,7 @@ from typing import IO, Any, Literal, cast
 
 from hybridengine.errors import DataError
 
-__all__ = ["SUFFIXES", "columns_to_rows", "read_rows"]
+__all__ = ["SUFFIXES", "columns_to_rows", "read_lines", "read_rows"]
 
 Rows = Iterator[tuple[int, dict[str, Any]]]
 
@@ -38,18 +38,40 @@ def read_rows(path: str | Path, *, quoted: bool = True) -> Rows:
     """
     path = Path(path)
     read = _reader(path, quoted)
-    _check_file(path)
-    try:
-        empty = True
+    empty = True
+    with _readable(path):
         for number, row in read(path):
             empty = False
             yield number, row
+    if empty:
+        raise DataError(f"{path}: holds no rows; fill it, or name another file")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Read a text file, gzipped or not by its suffix, line by line.
+
+    Yields:
+        The 1-based line number, and the line without its end. UTF-8.
+
+    Raises:
+        DataError: for anything that cannot be read, with `file:line` and a way out.
+    """
+    path = Path(path)
+    with _readable(path):
+        for number, line in enumerate(_text_lines(path), 1):
+            yield number, line.rstrip("\r\n")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What goes wrong while the file is read is told with its name and a way out."""
+    _check_file(path)
+    try:
+        yield
     except _DAMAGED as error:
         raise DataError(f"{path}: damaged gzip file ({error}); compress it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from None
-    if empty:
-        raise DataError(f"{path}: holds no rows; fill it, or name another file")
 
 
 def _reader(path: Path, quoted: bool) -> Callable[[Path], Rows]:

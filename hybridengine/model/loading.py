@@ -24,6 +24,7 @@ __all__ = [
     "capabilities_of",
     "choose_device",
     "hub_or_cache",
+    "load_frozen",
     "load_model",
     "load_model_config",
     "load_tokenizer",
@@ -171,19 +172,25 @@ def load_model_config(model: ModelConfig, *, key: str = "model.name") -> Any:
         return AutoConfig.from_pretrained(model.name, revision=model.revision)
 
 
-def load_tokenizer(model: ModelConfig) -> Any:
-    """The fast tokenizer of a model."""
+def load_tokenizer(model: ModelConfig, *, key: str = "model.name", fast: bool = True) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        key: what to call the name in errors.
+        fast: refuse one without `tokenizer.json`, which cannot tell where a token stands in the text.
+    """
     from transformers import AutoTokenizer
 
     name = model.tokenizer or model.name
-    local = _check_place(name, "model.tokenizer" if model.tokenizer else "model.name")
+    local = _check_place(name, "model.tokenizer" if model.tokenizer else key)
     with _explained(name, local, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=model.revision)
-    if not getattr(tokenizer, "is_fast", False):
+    if fast and not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{name}: only a slow tokenizer is there; save a fast one (tokenizer.json) in the folder")
     # Without its files, transformers makes an empty tokenizer that reads every word as unknown.
-    files = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
-    if local and not any((Path(name).expanduser() / file).is_file() for file in files):
+    own = type(tokenizer).vocab_files_names.values()
+    files = {"tokenizer.json", *own}
+    if local and (fast or own) and not any((Path(name).expanduser() / file).is_file() for file in files):
         raise ModelError(
             f"{name}: there is no tokenizer in this folder (none of {', '.join(sorted(files))}); save the model's own"
             " there, or name one as model.tokenizer"
@@ -227,6 +234,30 @@ def load_model(
         )
     mismatched = [entry[0] if isinstance(entry, tuple | list) else str(entry) for entry in info["mismatched_keys"]]
     return loaded, sorted({*info["missing_keys"], *mismatched})
+
+
+def load_frozen(
+    auto_class: str, name: str, device: torch.device, *, key: str, fast: bool = True
+) -> tuple[nn.Module, Any]:
+    """A model that stays as it is, in evaluation mode and without gradients, and its tokenizer.
+
+    Args:
+        name: a local folder, or a hub id.
+        key: what to call the name in errors.
+        fast: as in `load_tokenizer`.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights for this kind of model.
+    """
+    source = ModelConfig(name=name)
+    model, missing = load_model(auto_class, source, key=key)
+    if missing:
+        kind = _KINDS.get(auto_class, auto_class)
+        raise ModelError(
+            f"{key}: {name} has no weights for {', '.join(missing[:3])}, so it was not trained as {kind} model; give"
+            " one that was"
+        )
+    return model.eval().requires_grad_(False).to(device), load_tokenizer(source, key=key, fast=fast)
 
 
 def _check_weights(folder: Path) -> None:

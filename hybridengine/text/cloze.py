@@ -15,9 +15,9 @@ from hybridengine.errors import ConfigError
 from hybridengine.seams.task import Feature, Row
 from hybridengine.seams.types import Batch
 from hybridengine.text.head_input import HeadInput
+from hybridengine.text.label_words import AtMask, LabelWords, Verbalizer
 from hybridengine.text.pieces import MASK, role_of, visible
 from hybridengine.text.tokens import base_model, special_ids, usable_length
-from hybridengine.text.words import AtMask, LabelWords, Verbalizer
 
 if TYPE_CHECKING:
     from hybridengine.run import Run

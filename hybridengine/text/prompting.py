@@ -11,8 +11,8 @@ import torch
 from hybridengine.seams.randomness import permutation
 from hybridengine.seams.task import Row
 from hybridengine.seams.types import Batch
+from hybridengine.text.label_words import AtMask
 from hybridengine.text.tokens import usable_length
-from hybridengine.text.words import AtMask
 
 if TYPE_CHECKING:
     from hybridengine.run import Run

@@ -25,6 +25,7 @@ __all__ = [
     "blocks",
     "head_patterns",
     "insert_tokens",
+    "longest_input",
     "padded",
     "padded_inputs",
     "set_pad_token",
@@ -33,6 +34,9 @@ __all__ = [
     "tokenise",
     "usable_length",
 ]
+
+
+_UNLIMITED = 10**9  # tokenizers without a limit say 10^30
 
 
 def tokenise(
@@ -200,17 +204,23 @@ def _counts_positions(model: Any) -> bool:
     return isinstance(learned, nn.Embedding) and learned.padding_idx is not None
 
 
-def usable_length(run: Run) -> int:
-    """`train.max_length`, or less where the model or tokenizer takes fewer tokens (then the user is told)."""
-    asked = run.config.train.max_length
-    limit = getattr(run.tokenizer, "model_max_length", None) or asked
-    inner = base_model(run.model)
+def longest_input(tokenizer: Any, model: Any) -> int | None:
+    """Tokens that the model and its tokenizer take at most; None where neither sets a limit."""
+    limit = getattr(tokenizer, "model_max_length", None) or _UNLIMITED
+    inner = base_model(model)
     positions = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         if _counts_positions(inner):
             positions -= int(inner.base_model.embeddings.position_embeddings.padding_idx) + 1
         limit = min(limit, positions)
-    limit -= len(run.soft_tokens)
+    return int(limit) if limit < _UNLIMITED else None
+
+
+def usable_length(run: Run) -> int:
+    """`train.max_length`, or less where the model or tokenizer takes fewer tokens (then the user is told)."""
+    asked = run.config.train.max_length
+    longest = longest_input(run.tokenizer, run.model)
+    limit = asked if longest is None else longest - len(run.soft_tokens)
     if limit < asked:
         run.say(f"train.max_length is {asked}, but the model takes {limit} tokens; longer texts are cut at {limit}")
     return int(min(asked, limit))

@@ -1,129 +1,66 @@
-"""Label words: what a language model's predictions at a mask say about classes."""
+"""Words of a text: where they stand, which carry meaning, and how another takes the place of one."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+__all__ = ["STOP_WORDS", "Word", "cased_like", "edits", "replaced", "words_of"]
 
-from hybridengine.errors import ConfigError
-from hybridengine.seams.precision import wide
-from hybridengine.text.branches import Branches
+STOP_WORDS = frozenset(
+    "a about above after again against all am an and any are aren't as at be because been before being below between"
+    " both but by can can't cannot could couldn't did didn't do does doesn't doing don't down during each few for from"
+    " further had hadn't has hasn't have haven't having he her here hers herself him himself his how i i'm if in into"
+    " is isn't it it's its itself just me more most mustn't my myself never no nobody none nor not nothing now of off"
+    " on once only or other our ours ourselves out over own same shan't she should shouldn't so some such than that the"
+    " their theirs them themselves then there these they this those through to too under until up very was wasn't we"
+    " were weren't what when where which while who whom why will with without won't would wouldn't you your yours"
+    " yourself yourselves n't 's 're 've 'll 'd 'm".split()
+)
+"""English function words, negations among them: another word in their place changes what a text says."""
 
-__all__ = ["AtMask", "LabelWords", "Verbalizer"]
+_WORD = re.compile(r"\S+")
+_CORE = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)
 
-Tokens = tuple[int, ...]
 
+class Word(NamedTuple):
+    """A word without the punctuation around it: `text[start:end] == core`; empty where there is punctuation alone."""
 
-@dataclass(frozen=True)
-class AtMask:
-    """What a language model says where label words are scored: K positions of each of B rows.
-
-    Attributes:
-        logits: `[B, K, V]`; of no use where the cloze spares them.
-        states: what its output layer read, `[B, K, D]`; None unless the cloze keeps them.
-        value: `value(name, tensor)`, a run module's parameter under the view being evaluated (`ctx.value`).
-    """
-
-    logits: Tensor
-    states: Tensor | None = None
-    value: Callable[[str, Tensor], Tensor] = lambda name, parameter: parameter
+    start: int
+    end: int
+    core: str
 
     @property
-    def log_probabilities(self) -> Tensor:
-        """`[B, K, V]`, in at least fp32."""
-        return wide(self.logits).log_softmax(-1)
+    def is_stop_word(self) -> bool:
+        """Whether it is an English function word or has no letters or digits."""
+        return not self.core or self.core.lower().replace("’", "'") in STOP_WORDS
 
 
-class Verbalizer(Protocol):
-    """Who turns what a language model says at the mask into class logits; a cloze asks one."""
-
-    def class_logits(self, seen: AtMask) -> Tensor:
-        """`[B, C]`, in at least fp32."""
-        ...
-
-
-class LabelWords:
-    """The words of each class as tokens: the verbalizer of a template that names its words.
-
-    Shapes: C classes, N words of the largest, W words in all, M tokens of the longest.
-
-    Args:
-        texts: the words of each class, in class order.
-        tokens: their tokens.
-        masked: whether the model fills masks, or (causal) predicts one token after the other.
-
-    Attributes:
-        masks: how many masks a row needs, 0 for a causal model.
-        branches: where a causal model scores words of several tokens.
-
-    Raises:
-        ConfigError: two classes share a word.
-    """
-
-    def __init__(self, texts: Sequence[Sequence[str]], tokens: Sequence[Sequence[Tokens]], masked: bool) -> None:
-        self.texts = [list(group) for group in texts]
-        self.tokens = [list(group) for group in tokens]
-        self._check_distinct()
-        flat = [word for group in tokens for word in group]
-        self.masks = max(map(len, flat)) if masked else 0
-        self.branches = None if masked else Branches(flat)
-        slots = torch.arange(self.masks).expand(len(flat), -1) if self.branches is None else self.branches.slots
-        self._constants: tuple[Tensor, ...] = (slots, *_tables(flat, masked), *_groups(tokens))
-
-    def _check_distinct(self) -> None:
-        owner: dict[Tokens, tuple[int, str]] = {}
-        for index, group in enumerate(self.tokens):
-            for word, ids in zip(self.texts[index], group, strict=True):
-                other, same = owner.setdefault(ids, (index, word))
-                if other != index:
-                    raise ConfigError(
-                        f"template: two labels share a word: {same!r} and {word!r} are the same tokens; choose others"
-                    )
-
-    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The tables of the scores; they stay on the device of their last use: a copy in each forward makes it wait."""
-        if self._constants[0].device != device:
-            self._constants = tuple(table.to(device) for table in self._constants)
-        return self._constants
-
-    def scores(self, log_probabilities: Tensor) -> Tensor:
-        """Scores of all words `[B, W]` from log-probabilities `[B, K, V]`.
-
-        A word scores the mean (masked) or the sum (causal: the chain rule) of its tokens' log-probabilities.
-        """
-        slots, table, share, _, _ = self._on(log_probabilities.device)
-        tokens = log_probabilities[:, slots, table]  # [B, W, M]
-        return (tokens * share.to(tokens.dtype)).sum(-1)
-
-    def by_class(self, values: Tensor, empty: float = -math.inf) -> Tensor:
-        """Values of all words `[..., W]` by class, `[..., C, N]`, and `empty` where a class has fewer words."""
-        groups = self._on(values.device)[3]
-        return values[..., groups.clamp_min(0)].masked_fill(groups.eq(-1), empty)
-
-    def class_logits(self, seen: AtMask) -> Tensor:
-        """The log of the mean probability of each class's words, `[B, C]`."""
-        scores = self.scores(seen.log_probabilities)
-        sizes = self._on(scores.device)[4]
-        return self.by_class(scores).logsumexp(-1) - sizes.to(scores.dtype).log()
+def words_of(text: str) -> list[Word]:
+    """The words of a text, as white space parts them."""
+    found = []
+    for match in _WORD.finditer(text):
+        before, core, _ = _CORE.fullmatch(match[0]).groups()  # type: ignore[union-attr]
+        start = match.start() + len(before)
+        found.append(Word(start, start + len(core), core))
+    return found
 
 
-def _tables(words: Sequence[Tokens], masked: bool) -> tuple[Tensor, Tensor]:
-    """Token ids `[W, M]`, 0-padded, and what each token counts in its word's score `[W, M]`."""
-    longest = max(map(len, words))
-    table = torch.tensor([[*word, *[0] * (longest - len(word))] for word in words])
-    share = [[1 / len(word) if masked else 1.0] * len(word) + [0.0] * (longest - len(word)) for word in words]
-    return table, torch.tensor(share, dtype=torch.float64)
+def edits(share: float, words: int) -> int:
+    """How many of a text's words are edited: the share rounded down, at least one, none at share 0 (Wei & Zou 2019)."""
+    return max(1, int(share * words)) if share > 0 else 0
 
 
-def _groups(tokens: Sequence[Sequence[Tokens]]) -> tuple[Tensor, Tensor]:
-    """Word numbers of each class `[C, N]`, padded by -1, and words per class `[C]`."""
-    numbers = iter(range(sum(map(len, tokens))))
-    groups = [[next(numbers) for _ in group] for group in tokens]
-    widest = max(map(len, groups))
-    padded = torch.tensor([group + [-1] * (widest - len(group)) for group in groups])
-    return padded, torch.tensor([len(group) for group in groups])
+def replaced(text: str, changes: Iterable[tuple[Word, str]]) -> str:
+    """The text with other words in the place of some of its own; all else stays, to the character."""
+    for word, other in sorted(changes, reverse=True):
+        text = text[: word.start] + other + text[word.end :]
+    return text
+
+
+def cased_like(model: str, word: str) -> str:
+    """The word in the case of the one it replaces: an initial capital, or capitals throughout."""
+    if len(model) > 1 and model.isupper():
+        return word.upper()
+    return word[:1].upper() + word[1:] if model[:1].isupper() else word

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
-from tiny_runs import LABELS, checkpoint
+from tiny_runs import LABELS, checkpoint, synonyms
 from torch import Tensor
 
 from hybridengine.plugin import Catalogue, Run, Traits, hook
@@ -98,6 +98,9 @@ PARAMETERS: dict[str, Parameters] = {
     "anil": _some(inner_steps=(1, 2), first_order=(False, True)),
     "asam": _some(rho=(0.5,)),
     "awp": _some(rho=(0.01,)),
+    "back-translation": lambda ground: st.just(
+        {"there": checkpoint("t5"), "back": checkpoint("t5", seed=1), "max_new_tokens": 4}
+    ),
     "balanced-sampling": _some(power=(0.0, 0.5)),
     "bitfit": _some(),
     "calibration": _some(content=(["N/A"], ["", "N/A"])),
@@ -137,6 +140,7 @@ PARAMETERS: dict[str, Parameters] = {
     "lp-ft": _some(steps=(1, 5)),
     "maml": _some(inner_steps=(1, 2), first_order=(False, True), inner_loss=("task", "full")),
     "maml-plus-plus": _some(inner_steps=(1, 2), multi_step=(0, 2), first_order_steps=(0, 1)),
+    "mask-infill": lambda ground: st.just({"model": checkpoint("bert", "AutoModelForMaskedLM"), "alpha": 0.3}),
     "meta-sgd": _some(inner_steps=(1, 2), first_order=(False, True)),
     "muon": _some(momentum=(0.9,)),
     "neftune": _some(alpha=(0.3,)),
@@ -158,7 +162,7 @@ PARAMETERS: dict[str, Parameters] = {
     "p-tuning": _some(n=(2,), encoder=("mlp", "lstm"), hidden=(4,)),
     "prefix-tuning": _some(n=(2,), hidden=(4,)),
     "p-tuning-v2": _some(n=(1, 3)),
-    "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
+    "synonym": lambda ground: st.just({"path": synonyms(), "alpha": 0.5}),
     "template": lambda ground: st.just({"text": "{text} [MASK]", "verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
     "verbalizer": _some(words=(2, 3)),

@@ -59,6 +59,14 @@ def checkpoint(
     return str(tiny_checkpoint(folder, architecture, auto_class, **config))
 
 
+@functools.cache
+def synonyms() -> str:
+    """A table of synonyms for the made-up texts."""
+    path = Path(tempfile.mkdtemp(prefix="hybridengine-tiny-")) / "synonyms.tsv"
+    path.write_text("movie\tfilm\nbook\tnovel\nstory\tplot\nnumber\tfigure\n", encoding="utf-8")
+    return str(path)
+
+
 def with_dropout() -> str:
     """A tiny BERT whose dropout is on."""
     return checkpoint("bert", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)

@@ -6,19 +6,14 @@ import gzip
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import check_alone_and_keyed, check_copies, check_refusals, make_run, splits_of
 
-from hybridengine.errors import DataError, StackError
-from hybridengine.plugin import Run, Split
-from hybridengine.seams.precision import LossScale, Precision
-from hybridengine.testing import tiny_config
+from hybridengine.errors import DataError
 from hybridengine_plugins.data.eda import EDA, augment
 
 SYNONYMS = {"good": ["fine", "great"], "film": ["movie"]}
@@ -27,50 +22,13 @@ TEXTS = st.lists(st.sampled_from(["Good", "film,", "bad", "(film)", "x", "the", 
 )
 
 
-class Roles:
-    """The roles of a task, which is all that EDA asks of it."""
-
-    def __init__(self, **columns: str) -> None:
-        self.columns: Mapping[str, str] = columns
-
-
-def make_run(seed: int = 0, **columns: str) -> Run:
-    run = Run(tiny_config(seed=seed), torch.device("cpu"), Precision("fp32", None), LossScale(1.0))
-    run.task = Roles(**(columns or {"text": "text", "label": "label"}))
-    return run
-
-
-def splits_of(texts: list[str]) -> dict[str, Split]:
-    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
-    return {"train": Split("train", rows, "a.csv", range(2, len(rows) + 2)), "validation": Split("validation", rows)}
-
-
-def transform(eda: EDA, texts: list[str], seed: int = 0) -> dict[str, Split]:
-    out = eda.transform_data(make_run(seed), splits_of(texts))
-    assert out is not None
-    return out
-
-
 @settings(max_examples=80, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=8), st.floats(0, 1), st.integers(1, 3), st.integers(0, 9))
 def test_invariants(texts: list[str], alpha: float, copies: int, seed: int) -> None:
-    before = splits_of(texts)
-    out = transform(EDA(alpha, copies), texts, seed)
-    train, original = out["train"], before["train"]
-    assert list(train.rows[: len(texts)]) == list(original.rows), "originals stay first and unchanged"
-    assert len(train) == len(texts) * (1 + copies)
-    for index in range(len(texts), len(train)):
-        row = train.rows[index]
-        source = row["augmented_from"]
-        assert source == (index - len(texts)) // copies
-        assert row["label"] == original.rows[source]["label"]
-        assert train.where(index) == original.where(source)
-        assert row["text"].strip()
-        assert not Counter(row["text"].split()) - Counter(texts[source].split()), "swaps and deletions add no word"
-    assert list(out["validation"].rows) == list(before["validation"].rows)
-    assert [dict(row) for row in transform(EDA(alpha, copies), texts, seed)["train"].rows] == [
-        dict(r) for r in train.rows
-    ]
+    made = check_copies(lambda count: EDA(alpha, count), texts, copies, seed)
+    for index, text in enumerate(made):
+        known = Counter(texts[index // copies].split())
+        assert not Counter(text.split()) - known, "swaps and deletions add no word"
 
 
 @settings(max_examples=30, deadline=None)
@@ -130,14 +88,7 @@ def test_share_of_deleted_words_is_alpha() -> None:
 
 
 def test_independent_of_other_rows_and_keyed_by_seed() -> None:
-    text = "one two three four five six seven eight"
-    alone = transform(EDA(0.3, 2), [text])["train"].rows[1:]
-    among = transform(EDA(0.3, 2), [text, "some other words", "and more of them"])["train"].rows[3:5]
-    assert [r["text"] for r in alone] == [r["text"] for r in among]
-    other = [transform(EDA(0.3, 2), [text], seed)["train"].rows[1]["text"] for seed in range(8)]
-    assert len(set(other)) > 1 and alone[0]["text"] != alone[1]["text"]
-    repeated = transform(EDA(0.3, 1), [text] * 8)["train"].rows[8:]
-    assert len({row["text"] for row in repeated}) > 1, "each row has numbers of its own"
+    check_alone_and_keyed(lambda copies: EDA(0.3, copies), "one two three four five six seven eight")
 
 
 def test_synonyms_file(tmp_path: Path) -> None:
@@ -164,10 +115,4 @@ def test_says_what_it_did_and_what_it_left_out() -> None:
 
 
 def test_refuses_tags_and_rests_on_the_dry_run() -> None:
-    with pytest.raises(StackError, match=r"reads tokens, tags.*Remove eda"):
-        EDA().transform_data(make_run(tokens="tokens", tags="tags"), splits_of(["a b"]))
-    run = make_run()
-    run.dry = True
-    rows: dict[str, Any] = splits_of(["a b"])
-    assert EDA().transform_data(run, rows) is None and not run.notes
-    assert "text" in EDA.traits.requires
+    check_refusals(lambda copies: EDA(copies=copies), "eda")
