@@ -346,4 +346,11 @@ MUTATIONS = (
         "features = features",
         "tests/plugins/test_supcon.py::test_weight_zero_is_plain_training",
     ),
+    Mutation(
+        "cutoff leaves what an attack added",
+        "plugins/hybridengine_plugins/regularize/cutoff.py",
+        "ctx.embedded(batch, view)",
+        "ctx.embedded(batch, view.clean())",
+        "tests/plugins/test_cutoff.py::test_what_an_attack_adds_is_cut_as_well",
+    ),
 )

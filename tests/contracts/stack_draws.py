@@ -89,6 +89,7 @@ PARAMETERS: dict[str, Parameters] = {
     "constant": _some(warmup=(0.0, 1)),
     "cosine": _some(floor=(0.0, 0.1)),
     "curriculum": _some(by=("length", "rarity"), share=(0.5, 1.0)),
+    "cutoff": _some(kind=("span", "token", "feature"), ratio=(0.2, 0.4)),
     "distill": _teacher,
     "dora": _some(r=(2,), dropout=(0.0, 0.1)),
     "dropout": _some(p=(0.2, 0.4)),
