@@ -1,7 +1,7 @@
 """The seams: the values that travel through them, the onion, and `ctx`."""
 
 from hybridengine.seams.context import Context
-from hybridengine.seams.divergence import kl_rows, sequence_norms
+from hybridengine.seams.divergence import js_rows, kl_rows, sequence_norms
 from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at, queries_of, support_of
 from hybridengine.seams.likelihood import log_likelihoods
 from hybridengine.seams.pooling import pooled
@@ -32,6 +32,7 @@ __all__ = [
     "add_terms",
     "distance",
     "inner_loop",
+    "js_rows",
     "kl_rows",
     "leaves_at",
     "log_likelihoods",

@@ -189,6 +189,22 @@ class Context(Gradients):
                 out[name] = torch.zeros(*ids.shape, site.width, dtype=site.dtype, device=ids.device)
         return out
 
+    def embedded(self, batch: Batch, view: View) -> dict[str, Tensor]:
+        """What stands at every site under `view`, `[B, L, D]`: the embeddings, with their graph, and the view's delta.
+
+        A delta made of them changes embeddings as it likes: `-x * cut` blanks positions, `(1 - share) * (y - x)` mixes.
+        """
+        model, found, given = self.run.model, {}, view.params or {}
+        names = {id(p): name for name, p in model.named_parameters()} if given else {}
+        for name, site in self.sites.table.items():
+            if site.input in batch.inputs:
+                module = model.get_submodule(name.partition("#")[0])
+                own = {key: names.get(id(p), "") for key, p in module.named_parameters()}
+                params = {key: given[known] for key, known in own.items() if known in given}
+                x: Tensor = functional_call(module, params, (batch.inputs[site.input],))
+                found[name] = x + view.delta[name].to(x.dtype) if name in view.delta else x
+        return found
+
     def mask(self, batch: Batch, site: str) -> Tensor:
         """The perturbable positions `[B, L]` of a site: real tokens, neither special nor template."""
         return batch.masks["perturbable"][self.sites.table[site].input]

@@ -1,7 +1,8 @@
-"""Kullback-Leibler divergence between two evaluations of a batch, as a sum over rows."""
+"""Divergences between evaluations of a batch, as sums over rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from hybridengine import kernels
+from hybridengine.seams.precision import wide
 from hybridengine.seams.types import Batch
 
-__all__ = ["kl_rows", "sequence_norms"]
+__all__ = ["js_rows", "kl_rows", "sequence_norms"]
 
 
 def kl_rows(
@@ -55,6 +57,20 @@ def kl_rows(
     return ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).sum()
 
 
+def js_rows(logits: Sequence[Tensor], batch: Batch, task: object = None) -> Tensor:
+    """Sum over rows of the Jensen-Shannon divergence of N predictions: sum_n KL(P_n || M) / N, M their mean.
+
+    Rows, tokens and labels count as in `kl_rows`. It lies between 0, for equal predictions, and log N (for each label
+    where those are decided one by one).
+    """
+    if getattr(task, "distribution", "softmax") == "bernoulli":
+        halves = torch.stack([_log_yes_and_no(wide(x)) for x in logits]).logsumexp(0).chunk(2, -1)
+        mean = halves[0] - halves[1]
+    else:
+        mean = torch.stack([wide(x).log_softmax(-1) for x in logits]).logsumexp(0)
+    return torch.stack([kl_rows(x, mean, batch, task) for x in logits]).sum() / len(logits)
+
+
 def _of_choices(p: Tensor, q: Tensor, counted: Tensor | None, temperature: float, direction: Any) -> Tensor:
     """Return the divergence of the softmaxes over the last axis; 0 where not `counted`, which costs no time."""
     rows = None if counted is None else counted.flatten()
@@ -65,8 +81,7 @@ def _of_choices(p: Tensor, q: Tensor, counted: Tensor | None, temperature: float
 
 def _of_labels(p: Tensor, q: Tensor, counted: Tensor | None, temperature: float, direction: str) -> Tensor:
     """Return the divergence of the yes and no of each label, summed over the last axis."""
-    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    log_p, log_q = (_log_yes_and_no(x.to(wide) / temperature) for x in (p, q))
+    log_p, log_q = (_log_yes_and_no(wide(x) / temperature) for x in (p, q))
     values = functional.kl_div(log_q, log_p, log_target=True, reduction="none")
     if direction == "symmetric":
         values = (values + functional.kl_div(log_p, log_q, log_target=True, reduction="none")) / 2
@@ -89,5 +104,5 @@ def _token_mask(batch: Batch, logits: Tensor) -> Tensor:
 
 def sequence_norms(delta: dict[str, Tensor]) -> Tensor:
     """L2 norm per sequence `[B]`, joint over all sites, in at least fp32."""
-    squares = [(d if d.dtype == torch.float64 else d.float()).flatten(1).square().sum(1) for d in delta.values()]
+    squares = [wide(d).flatten(1).square().sum(1) for d in delta.values()]
     return torch.stack(squares).sum(0).sqrt()

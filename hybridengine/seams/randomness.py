@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import random
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -42,6 +43,11 @@ class KeyedRows:
         pairs = self.uniform(*shape, 2)
         radius = (-2 * torch.log1p(-pairs[..., 0])).sqrt()
         return radius * torch.cos(2 * math.pi * pairs[..., 1])
+
+    def beta(self, alpha: float) -> Tensor:
+        """One fp64 number of Beta(alpha, alpha) for each row, `[B]`."""
+        draws = (random.Random(mix(*self._key, row)).betavariate(alpha, alpha) for row in self._rows)
+        return torch.tensor(list(draws), dtype=torch.float64)
 
 
 def permutation(size: int, *key: object) -> list[int]:

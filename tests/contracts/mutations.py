@@ -463,4 +463,18 @@ MUTATIONS = (
         "features = features",
         "tests/plugins/test_supcon.py::test_weight_zero_is_plain_training",
     ),
+    Mutation(
+        "cutoff leaves what an attack added",
+        "plugins/hybridengine_plugins/regularize/cutoff.py",
+        "ctx.embedded(batch, view)",
+        "ctx.embedded(batch, view.clean())",
+        "tests/plugins/test_cutoff.py::test_what_an_attack_adds_is_cut_as_well",
+    ),
+    Mutation(
+        "padding of one text mixed into another",
+        "plugins/hybridengine_plugins/regularize/mixup.py",
+        "(1 - part) * (x * real)[partner]",
+        "(1 - part) * x[partner]",
+        "tests/plugins/test_mixup.py::test_a_decoder_classifies_the_last_token_of_the_longer_text[gpt2]",
+    ),
 )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybridengine.seams import Batch, kl_rows
+from hybridengine.seams import Batch, js_rows, kl_rows
 from hybridengine.testing import make_batch
 
 SOFTMAX, BERNOULLI = SimpleNamespace(distribution="softmax"), SimpleNamespace(distribution="bernoulli")
@@ -89,3 +89,28 @@ def test_rows_add_up_and_other_distributions_are_refused() -> None:
     torch.testing.assert_close(kl_rows(p, q, batch_of(p)), kl(p, q, SOFTMAX))
     with pytest.raises(ValueError, match="'softmax' or 'bernoulli', not 'poisson'"):
         kl(p, q, SimpleNamespace(distribution="poisson"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(LOGITS, min_size=2, max_size=4), bernoulli=st.booleans())
+def test_jensen_shannon_is_the_divergence_from_the_mean(rows: list[list[float]], bernoulli: bool) -> None:
+    width = min(map(len, rows))
+    logits = [wide(row[:width]) for row in rows]
+    if bernoulli:
+        shares = [torch.stack([x.sigmoid(), (-x).sigmoid()], -1) for x in logits]
+    else:
+        shares = [x.softmax(-1) for x in logits]
+    mean = sum(shares) / len(shares)
+    wanted = sum((p * (p / mean).log()).sum() for p in shares) / len(shares)
+    found = js_rows(logits, batch_of(logits[0]), BERNOULLI if bernoulli else SOFTMAX)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert -1e-12 < float(found) < len(shares) * width
+
+
+def test_jensen_shannon_counts_scored_tokens_and_is_zero_for_equal_predictions() -> None:
+    batch = make_batch(kind="tokens")
+    p, q = (torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(s)).double() for s in (0, 1))
+    mean = (p.softmax(-1) + q.softmax(-1)).log()
+    wanted = (kl_rows(p, mean, batch) + kl_rows(q, mean, batch)) / 2
+    torch.testing.assert_close(js_rows([p, q], batch), wanted, rtol=1e-12, atol=0)
+    assert abs(float(js_rows([p, p, p], batch))) < 1e-14

@@ -186,3 +186,14 @@ def test_mix_is_stable_between_processes_and_fits_a_generator() -> None:
     assert mix(0, "order", 1) == 3286871379868953  # a checkpoint's data order must be found again tomorrow
     assert 0 <= mix("a") < 2**56
     assert len({mix(0, 1), mix(1, 0), mix("0", 1), mix((0, 1))}) == 4
+
+
+def test_beta_numbers_belong_to_their_row_and_have_its_moments() -> None:
+    rows = KeyedRows((0, "share"), range(4000))
+    for alpha in (0.4, 1.0, 8.0):
+        drawn = rows.beta(alpha)
+        assert torch.equal(drawn[7:9], KeyedRows((0, "share"), (7, 8)).beta(alpha))
+        assert drawn.dtype == torch.float64 and ((drawn >= 0) & (drawn <= 1)).all()
+        variance = 1 / (4 * (2 * alpha + 1))
+        assert abs(drawn.mean() - 0.5) < 4 * (variance / 4000) ** 0.5
+        assert abs(drawn.var() / variance - 1) < 0.1

@@ -200,3 +200,34 @@ def test_soft_prompts_stand_at_placeholder_ids() -> None:
     assert torch.equal(seen[0][:, 2:], table[ids[:, 2:]])
     assert prompt.grad is not None
     assert prompt.grad.abs().sum() > 0
+
+
+# ---- reading what stands at a site -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"), [(tiny_bert, "rows"), (tiny_gpt2, "rows"), (tiny_llama, "rows"), (tiny_t5, "seq2seq")]
+)
+def test_a_delta_of_minus_the_embeddings_blanks_them(model: Any, kind: str) -> None:
+    """The forward then sees zeros, as with an empty table; gradients go through the delta as well."""
+    bench, batch = bench_of(model().double(), kind), make_batch(kind=kind)
+    view = View(key=1).plus({site: torch.randn_like(zero) for site, zero in bench.ctx.zeros(batch).items()})
+    found = bench.ctx.embedded(batch, view)
+    assert found.keys() == bench.ctx.zeros(batch).keys()
+    blank = bench.ctx.embedded(batch, at := view.plus({site: -x for site, x in found.items()}))
+    assert all(x.abs().max() < 1e-14 and x.requires_grad for x in blank.values())
+    tables = {id(m.weight): m.weight for m in bench.run.model.modules() if isinstance(m, nn.Embedding)}
+    read = [w for w in tables.values() if w.shape[0] == bench.run.model.get_input_embeddings().weight.shape[0]]
+    for gradient in torch.autograd.grad(sum(x.square().sum() for x in blank.values()), read, allow_unused=True):
+        assert gradient is None or gradient.abs().max() < 1e-12
+    assert logits(bench, at, kind).isfinite().all()
+
+
+def test_embeddings_are_those_of_the_parameters_of_the_view() -> None:
+    for model, name in ((tiny_bert(**BERT), f"{WORDS}.weight"), (tiny_gpt2(), "transformer.wte.weight")):
+        bench, batch = bench_of(model.double()), make_batch()
+        other = torch.randn_like(dict(model.named_parameters())[name]).requires_grad_()
+        view = View().with_params({name: other})
+        (x,) = bench.ctx.embedded(batch, view).values()
+        assert torch.equal(x, other[batch.inputs["input_ids"]])
+        assert torch.autograd.grad(x.sum(), other)[0].abs().sum() > 0
