@@ -5,6 +5,7 @@ from hybridengine.seams.divergence import js_rows, kl_rows, sequence_norms
 from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at, queries_of, support_of
 from hybridengine.seams.likelihood import log_likelihoods
 from hybridengine.seams.pooling import pooled
+from hybridengine.seams.power_iteration import keyed_noise, power_iteration, replayable
 from hybridengine.seams.precision import wide
 from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
@@ -33,13 +34,16 @@ __all__ = [
     "distance",
     "inner_loop",
     "js_rows",
+    "keyed_noise",
     "kl_rows",
     "leaves_at",
     "log_likelihoods",
     "mix",
     "permutation",
     "pooled",
+    "power_iteration",
     "queries_of",
+    "replayable",
     "seeded",
     "sequence_norms",
     "support_of",

@@ -9,6 +9,7 @@ __all__ = ["MUTATIONS", "Mutation"]
 FGM = "plugins/hybridengine_plugins/adversarial/fgm.py"
 FREELB = "plugins/hybridengine_plugins/adversarial/freelb.py"
 PGD = "plugins/hybridengine_plugins/adversarial/pgd.py"
+SMART = "plugins/hybridengine_plugins/adversarial/smart.py"
 VAT = "plugins/hybridengine_plugins/adversarial/vat.py"
 SAM = "plugins/hybridengine_plugins/adversarial/sam.py"
 RDROP = "plugins/hybridengine_plugins/regularize/rdrop.py"
@@ -153,9 +154,23 @@ MUTATIONS = (
     Mutation(
         "clean predictions not detached",
         VAT,
-        "out.scores.detach()",
-        "out.scores",
+        "clean.detach()",
+        "clean",
         "tests/plugins/test_vat.py::test_matches_the_paper[1.0-1.0-0.3-1]",
+    ),
+    Mutation(
+        "one norm for all tokens of a sequence",
+        SMART,
+        "g.abs().amax(-1, keepdim=True)",
+        "g.abs().amax((1, 2), keepdim=True)",
+        "tests/plugins/test_smart.py::test_every_token_keeps_to_its_own_box_and_padding_does_not_move",
+    ),
+    Mutation(
+        "the average is the weights",
+        SMART,
+        "rate=1 - self.decay",
+        "rate=1.0",
+        "tests/plugins/test_smart.py::test_the_average_is_that_of_the_recursion_and_is_kept_in_run_state",
     ),
     Mutation(
         "labelled delta on unlabelled rows",

@@ -95,6 +95,7 @@ def _related(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
 PARAMETERS: dict[str, Parameters] = {
     "adafactor": _some(clip=(1.0, 2.0)),
     "adamw": _some(weight_decay=(0.0, 0.01)),
+    "alum": _some(steps=(1, 2)),
     "anil": _some(inner_steps=(1, 2), first_order=(False, True)),
     "asam": _some(rho=(0.5,)),
     "awp": _some(rho=(0.01,)),
@@ -158,6 +159,7 @@ PARAMETERS: dict[str, Parameters] = {
     "schedule-free": _some(warmup=(0.0, 1)),
     "sgd": _some(momentum=(0.0, 0.9)),
     "soft-verbalizer": _some(ratio=(1.0, 10.0)),
+    "smart": _some(steps=(1, 2), proximal=(0.5, 0.0)),
     "supcon": _some(weight=(0.5,), temperature=(0.3,), pool=("mean", "first")),
     "swa": _some(start=(0,), every=(1, 2)),
     "prompt-tuning": _some(n=(1, 3), text=(None, "good bad"), attacked=(False, True)),

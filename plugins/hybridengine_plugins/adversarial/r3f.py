@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Batch, Context, Out, View, kl_rows, sequence_norms
+from hybridengine.seams import Batch, Context, Out, View, keyed_noise, kl_rows, replayable, sequence_norms
 
 __all__ = ["R3F"]
 
@@ -49,21 +47,9 @@ class R3F:
     def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
         """The inner loss plus the divergence."""
         out = inner(ctx, batch, view)
-        if out.view is not None and out.replay:
-            at, clean = out.view, out.scores
-        else:  # the masks behind these logits cannot be drawn again
-            at, clean = view, ctx.outputs(batch, [view])[0].scores
-        noise = self._draw(ctx, batch)
+        at, clean = replayable(ctx, batch, view, out)
+        noise = {site: self.sigma * z for site, z in keyed_noise(ctx, batch, "r3f", self.noise).items()}
         noisy = ctx.outputs(batch, [at.plus(noise)])[0].scores
         both = 2 * kl_rows(clean, noisy, batch, ctx.run.task, direction="symmetric")
         ctx.report(self, kl=both / batch.size, noise_norm=sequence_norms(noise).mean())
         return replace(out, terms={**out.terms, "r3f": (self.weight * both, "rows")})
-
-    def _draw(self, ctx: Context, batch: Batch) -> dict[str, Tensor]:
-        noise = {}
-        for site, zero in ctx.zeros(batch).items():
-            keyed = ctx.rng(f"r3f/{site}", batch.rows)
-            shape = zero.shape[1:]
-            draws = keyed.normal(*shape) if self.noise == "normal" else 2 * keyed.uniform(*shape) - 1
-            noise[site] = self.sigma * draws.to(zero) * ctx.mask(batch, site).unsqueeze(-1)
-        return noise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Batch, Context, Out, View, kl_rows, sequence_norms
+from hybridengine.seams import (
+    Batch,
+    Context,
+    Out,
+    View,
+    keyed_noise,
+    kl_rows,
+    power_iteration,
+    replayable,
+    sequence_norms,
+)
 
 __all__ = ["VAT"]
 
@@ -58,33 +68,30 @@ class VAT:
     def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
         """The inner loss plus the smoothness of the batch and of its unlabelled part."""
         out = inner(ctx, batch, view)
-        if out.view is not None and out.replay:
-            smooth = self._divergence(ctx, batch, out.view, out.scores.detach())
-        else:  # the masks behind these logits cannot be drawn again
-            smooth = self._divergence(ctx, batch, view, self._predict(ctx, batch, view))
+        with torch.no_grad():
+            at, clean = replayable(ctx, batch, view, out)
+        smooth = self._divergence(ctx, batch, at, clean.detach())
         terms = {**out.terms, "vat": (self.weight * smooth, "all_rows")}
         if (part := batch.parts.get("unlabelled")) is not None:
             other = view.clean().fork("unlabelled")
-            smooth = self._divergence(ctx, part, other, self._predict(ctx, part, other))
+            with torch.no_grad():
+                clean = ctx.outputs(part, [other])[0].scores
+            smooth = self._divergence(ctx, part, other, clean)
             terms["vat_unlabelled"] = (self.weight * smooth, "all_rows")
         return replace(out, terms=terms)
 
-    def _predict(self, ctx: Context, batch: Batch, view: View) -> Tensor:
-        with torch.no_grad():
-            return ctx.outputs(batch, [view])[0].scores
-
     def _divergence(self, ctx: Context, batch: Batch, view: View, clean: Tensor) -> Tensor:
-        def kl(delta: dict[str, Tensor]) -> Tensor:
+        zero = ctx.zeros(batch)
+
+        def kl(delta: Mapping[str, Tensor]) -> Tensor:
             return kl_rows(clean, ctx.outputs(batch, [view.plus(delta)])[0].scores, batch, ctx.run.task)
 
-        zero = ctx.zeros(batch)
-        probe = [ctx.rng(f"vat/{site}", batch.rows).normal(*z.shape[1:]).to(z) for site, z in zero.items()]
-        direction: list[Tensor | None] = list(probe)
-        for _ in range(self.steps):
-            at = ctx.ascend(batch, zero, direction, step_size=self.xi)
-            leaves = {site: d.requires_grad_() for site, d in at.items()}
-            direction = ctx.grad(kl(leaves), list(leaves.values()))
-        attack = ctx.ascend(batch, zero, direction, step_size=self.epsilon)
+        def probe(_: Mapping[str, Tensor], direction: Sequence[Tensor | None]) -> dict[str, Tensor]:
+            return ctx.ascend(batch, zero, direction, step_size=self.xi)
+
+        start = probe(zero, list(keyed_noise(ctx, batch, "vat").values()))
+        found = power_iteration(ctx, kl, start, probe, steps=self.steps)
+        attack = ctx.ascend(batch, zero, list(found.values()), step_size=self.epsilon)
         value = kl(attack)
         ctx.report(self, kl=value / batch.size, delta_norm=sequence_norms(attack).mean())
         return value

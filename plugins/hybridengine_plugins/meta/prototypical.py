@@ -41,7 +41,7 @@ class Prototypical:
         slots=("meta", "leaf_loss"),
         requires=("episodes", "labels"),
         conflicts={
-            **dict.fromkeys(("vat", "r3f", "distill"), _READS_HEAD),
+            **dict.fromkeys(("vat", "smart", "alum", "r3f", "distill"), _READS_HEAD),
             **dict.fromkeys(("gradual-unfreeze", "lp-ft"), _HEAD_FIRST),
         },
         ignores_inner=("loss", "predict"),
