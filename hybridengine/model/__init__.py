@@ -1,7 +1,7 @@
 """Pretrained models: loading them, what they can do, and how deep each parameter stands."""
 
 from hybridengine.model.adapters import linear_targets, named, new_heads, task_type, transposed, wrap_by_peft
-from hybridengine.model.depth import parameter_levels
+from hybridengine.model.depth import layer_stacks, parameter_levels
 from hybridengine.model.loading import (
     capabilities_of,
     choose_device,
@@ -16,6 +16,7 @@ __all__ = [
     "capabilities_of",
     "choose_device",
     "hub_or_cache",
+    "layer_stacks",
     "linear_targets",
     "load_model",
     "load_model_config",

@@ -80,6 +80,7 @@ def _teacher(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
 PARAMETERS: dict[str, Parameters] = {
     "adafactor": _some(clip=(1.0, 2.0)),
     "adamw": _some(weight_decay=(0.0, 0.01)),
+    "adapter": _some(size=(4,), placement=("houlsby", "pfeiffer")),
     "anil": _some(inner_steps=(1, 2), first_order=(False, True)),
     "asam": _some(rho=(0.5,)),
     "awp": _some(rho=(0.01,)),
