@@ -112,6 +112,7 @@ PARAMETERS: dict[str, Parameters] = {
     "l2-sp": _some(alpha=(0.01, 0.1)),
     "label-smoothing": _some(smoothing=(0.1, 0.3)),
     "linear": _some(warmup=(0.0, 1)),
+    "lisa": _some(layers=(1,), every=(1, 2), state=("drop", "keep")),
     "lion": _some(beta2=(0.99,)),
     "llrd": _some(decay=(0.5, 0.9)),
     "lookahead": _some(steps=(1, 2), alpha=(0.5,)),
