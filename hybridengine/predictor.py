@@ -21,7 +21,7 @@ from hybridengine.seams import Feature
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.types import View
 from hybridengine.stack import compose, evaluation, resolve
-from hybridengine.train.adapters import ADAPTER
+from hybridengine.train.adapters import needs_base
 from hybridengine.train.best import load_best
 
 __all__ = ["Predictor"]
@@ -56,7 +56,7 @@ class Predictor:
             source.values["data"] = dict(data)
         self.config, self._source = load_config(source.values)
         about = json.loads((best / "hybridengine.json").read_text(encoding="utf-8"))
-        adapter = (best / ADAPTER).is_file()
+        adapter = needs_base(best)
         self.run = self._build(best, about, adapter, methods)
         self._ctx = compose(self.run, self._hooks)
         self._ctx.trace.recording = False

@@ -14,7 +14,7 @@ from hybridengine.model.loading import quiet
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.predictor import Predictor
 from hybridengine.stack.resolve import plugin_problems, resolve
-from hybridengine.train.adapters import ADAPTER
+from hybridengine.train.adapters import ADAPTER, adds_modules
 from hybridengine.train.files import replace_folder
 from hybridengine.train.progress import Event, Listener
 
@@ -59,7 +59,12 @@ def stage_configs(config: Config, source: Source | None = None, methods: Sequenc
         own = (source or Source({}, "config")).part(("stages", index), values)
         try:
             found.append(check_config(own, plugin_problems))
-            resolve(found[-1], own, Catalogue(), methods)
+            added = adds_modules(resolve(found[-1], own, Catalogue(), methods).methods)
+            if added and index + 1 < len(config.stages):
+                raise ConfigError(
+                    f"stages: {added[0]} cannot be merged into its base, so no stage can start from it; make it the"
+                    " last stage, or use lora here"
+                )
         except ConfigError as error:
             problems.update(dict.fromkeys(f"{problem} (stage {index + 1})" for problem in error.problems))
     if problems:

@@ -10,6 +10,8 @@ from hybridengine.model.adapters import (
     wrap_by_peft,
 )
 from hybridengine.model.depth import parameter_levels
+from hybridengine.model.adapters import linear_targets, named, new_heads, task_type, transposed, wrap_by_peft
+from hybridengine.model.depth import layer_stacks, parameter_levels
 from hybridengine.model.loading import (
     capabilities_of,
     choose_device,
@@ -28,6 +30,7 @@ __all__ = [
     "choose_device",
     "freeze_pretrained",
     "hub_or_cache",
+    "layer_stacks",
     "linear_targets",
     "load_frozen",
     "load_model",

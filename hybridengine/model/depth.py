@@ -1,4 +1,4 @@
-"""How deep in the model each parameter stands: what freezing, unfreezing and layer-wise rates go by."""
+"""The layers of a model, and how deep each parameter stands: what freezing and layer-wise rates go by."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["parameter_levels"]
+__all__ = ["layer_stacks", "parameter_levels"]
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _PEFT = "base_model.model."
+
+
+def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The stacks of layers by name: the outermost module lists, an encoder-decoder's two apart."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{above}.") for above in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            stacks[name] = module
+    return stacks
 
 
 def parameter_levels(model: nn.Module, head: Sequence[str] = ()) -> tuple[dict[str, int], int]:

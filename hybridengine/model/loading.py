@@ -161,6 +161,11 @@ def load_model_config(model: ModelConfig, *, key: str = "model.name") -> Any:
             f"{key}: {model.name} is an adapter, not a full model; merge it first (PeftModel's merge_and_unload, then"
             f" save_pretrained){way}"
         )
+    if local and (Path(model.name).expanduser() / "trained.safetensors").is_file():
+        raise ModelError(
+            f"{key}: {model.name} holds an adapter of hybridengine's own, not a full model, and cannot be merged into"
+            " its base; name the base model, or a run that trained a full one"
+        )
     if local and not (Path(model.name).expanduser() / "config.json").is_file():
         raise ModelError(
             f"{model.name}: there is no config.json, so this is no transformers model folder; give the folder that"

@@ -35,7 +35,8 @@ class Traits:
         slots: exclusive places it takes (`embedding_attack`, `weight_perturbation`, `leaf_loss`, `backbone`, ...).
         requires: capabilities that the model, data or another method must provide (`episodes`, `dropout`,
             `embeddings`, `labels`, `lm_head`, `functional`).
-        provides: capabilities that it adds.
+        provides: capabilities that it adds; `added_modules` means modules inside the model that its class lacks, so
+            that `best/` holds the trained parameters alone and no stage can start from it.
         conflicts: other methods or capabilities it cannot run with, each with the reason and a way out.
         ignores_inner: seams whose inner layers it never calls; methods inside would silently do nothing.
         effect: the reported effect that must be non-zero while active; None opts out.

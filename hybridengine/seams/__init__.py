@@ -4,6 +4,7 @@ from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import js_rows, kl_rows, sequence_norms
 from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at, queries_of, support_of
 from hybridengine.seams.likelihood import log_likelihoods
+from hybridengine.seams.overriding import override_forward
 from hybridengine.seams.pooling import pooled
 from hybridengine.seams.power_iteration import keyed_noise, power_iteration, replayable
 from hybridengine.seams.precision import wide
@@ -39,6 +40,7 @@ __all__ = [
     "leaves_at",
     "log_likelihoods",
     "mix",
+    "override_forward",
     "permutation",
     "pooled",
     "power_iteration",

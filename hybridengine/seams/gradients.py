@@ -160,6 +160,7 @@ class Gradients:
         parameters = [optimised[name] for name in names]
         for parameter in parameters:
             parameter.requires_grad_(False)
+            parameter.grad = None  # of an earlier step: the optimizer would apply it again
         try:
             yield
         finally:

@@ -1,24 +1,63 @@
-"""What stands in `best/` beside an adapter: a base model for its head where transformers needs one, and a card."""
+"""`best/` of an adapted model: PEFT's folder completed, or what was trained alone; a card in both."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from hybridengine.errors import OutputError
+from hybridengine.plugin.stacking import Method
 from hybridengine.run import Run
+from hybridengine.train.checkpoint import write_tensors
 
-__all__ = ["ADAPTER", "complete_adapter"]
+__all__ = ["ADAPTER", "TRAINED", "adds_modules", "complete_adapter", "load_trained", "needs_base", "save_trained"]
 
 ADAPTER = "adapter_config.json"
 """The file that makes a folder one of PEFT's."""
 
+TRAINED = "trained.safetensors"
+"""The file of a model with modules that its class lacks: the trained parameters alone."""
+
 _LARGEST_BASE = 2 << 30
 """Bytes of base model up to which it stands beside its adapter; above, every improvement would cost minutes of disk."""
+
+
+def needs_base(folder: Path) -> bool:
+    """Whether `best/` is nothing without the base model, adapted anew by the methods."""
+    return (folder / ADAPTER).is_file() or (folder / TRAINED).is_file()
+
+
+def adds_modules(methods: Sequence[Method]) -> list[str]:
+    """Those that put modules into the model which its class lacks, so that transformers could not load it."""
+    return [method.name for method in methods if "added_modules" in method.provides]
+
+
+def save_trained(run: Run, folder: Path) -> None:
+    """Write what training changed or made up, and a card."""
+    wanted = {*run.may_optimise, *run.missing_parameters}
+    write_tensors(folder / TRAINED, {k: p for k, p in run.model.named_parameters() if k in wanted})
+    start = _CARD_START.format(**_told(run, "hybridengine"))
+    (folder / "README.md").write_text(start + _CARD_OF_TRAINED + _CARD_END, encoding="utf-8")
+
+
+def load_trained(run: Run, folder: Path) -> None:
+    """Put what `save_trained` wrote into the run's adapted model.
+
+    Raises:
+        OutputError: the model lacks a parameter of the folder, or has it in another shape.
+    """
+    own = dict(run.model.named_parameters())
+    for name, value in load_file(folder / TRAINED).items():
+        if name not in own or own[name].shape != value.shape:
+            raise OutputError(f"{folder} belongs to another model or stack ({name} differs); use its own config")
+        own[name].detach().copy_(value)
 
 
 def complete_adapter(run: Run, folder: Path) -> None:
@@ -33,11 +72,16 @@ def complete_adapter(run: Run, folder: Path) -> None:
     whole = bool(heads) and _has_room(run, base, folder)
     if whole:
         _save_base(run.model, heads, folder)
-    name = run.config.model.name
-    start = _CARD_START.format(base=json.dumps(name, ensure_ascii=False), name=name, task=run.config.task_entry[0])
-    labels = f"\nLabels: {', '.join(run.labels)}.\n" if run.labels else ""
-    load = _CARD_OF_WHOLE.format(kind=type(base).__name__) if whole else _card_of_adapter(base, name, labelled)
-    (folder / "README.md").write_text(start + labels + load + _CARD_END, encoding="utf-8")
+    start = _CARD_START.format(**_told(run, "peft"))
+    load = _CARD_OF_WHOLE.format(kind=type(base).__name__) if whole else _card_of_adapter(run, base, labelled)
+    (folder / "README.md").write_text(start + load + _CARD_END, encoding="utf-8")
+
+
+def _told(run: Run, library: str) -> dict[str, str]:
+    """What the start of a card says."""
+    name, labels = run.config.model.name, f"\nLabels: {', '.join(run.labels)}.\n" if run.labels else ""
+    told = {"name": name, "base": json.dumps(name, ensure_ascii=False), "library": library, "labels": labels}
+    return {**told, "task": run.config.task_entry[0]}
 
 
 def _has_room(run: Run, base: Any, folder: Path) -> bool:
@@ -83,10 +127,15 @@ def _save_base(model: Any, heads: list[str], folder: Path) -> None:
 
 _CARD_START = """---
 base_model: {base}
-library_name: peft
+library_name: {library}
 ---
 
 An adapter for `{name}`, trained with hybridengine for {task}.
+{labels}"""
+
+_CARD_OF_TRAINED = """
+`trained.safetensors` holds the trained parameters by their names in the adapted model: the adapter's own modules, which
+no class of transformers has, and the head. All others are the base model's.
 """
 
 _CARD_OF_WHOLE = """
@@ -110,8 +159,8 @@ the base model at the path named above where that is a local folder.
 """
 
 
-def _card_of_adapter(base: Any, name: str, labelled: bool) -> str:
-    kind, given = type(base).__name__, ""
+def _card_of_adapter(run: Run, base: Any, labelled: bool) -> str:
+    name, kind, given = run.config.model.name, type(base).__name__, ""
     if labelled:
         given = f",\n    id2label={base.config.id2label!r},\n    label2id={base.config.label2id!r},\n"
         given += "    ignore_mismatched_sizes=True,  # the adapter brings the head\n"

@@ -1,4 +1,4 @@
-"""`best/`: the best model so far in the transformers or PEFT format, loadable without this package."""
+"""`best/`: the best model so far, in the format of transformers or PEFT wherever they can load it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from hybridengine.plugin.calling import Hooks
 from hybridengine.run import Run
 from hybridengine.seams.context import Context
 from hybridengine.stack.compose import evaluation
-from hybridengine.train.adapters import ADAPTER, complete_adapter
+from hybridengine.train.adapters import (
+    ADAPTER,
+    TRAINED,
+    adds_modules,
+    complete_adapter,
+    load_trained,
+    save_trained,
+)
 from hybridengine.train.checkpoint import write_tensors
 from hybridengine.train.files import damage, replace_folder
 
@@ -24,7 +31,10 @@ __all__ = ["load_best", "save_best"]
 def save_best(run: Run, ctx: Context, hooks: Hooks, folder: Path) -> None:
     """Save model, tokenizer and run modules as evaluation sees them (averaged weights swapped in)."""
     with replace_folder(folder) as staging, evaluation(ctx, hooks), quiet():
-        run.model.save_pretrained(staging)
+        if adds_modules(hooks.methods):
+            save_trained(run, staging)
+        else:
+            run.model.save_pretrained(staging)
         run.tokenizer.save_pretrained(staging)
         if (staging / ADAPTER).is_file():
             complete_adapter(run, staging)
@@ -52,7 +62,9 @@ def load_best(run: Run, folder: Path) -> None:
     """
     if reason := damage(folder):
         raise OutputError(f"{folder}: {reason}; train again in another `output`")
-    if (folder / ADAPTER).is_file():
+    if (folder / TRAINED).is_file():
+        load_trained(run, folder)
+    elif (folder / ADAPTER).is_file():
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(run.model, load_file(folder / "adapter_model.safetensors"))

@@ -278,6 +278,35 @@ MUTATIONS = (
         "tests/plugins/test_lora.py::test_the_start_depends_on_the_seed_alone_and_leaves_the_global_stream",
     ),
     Mutation(
+        "an adapter that starts at random",
+        "plugins/hybridengine_plugins/adapters/adapter.py",
+        "(self.down.bias, self.up.weight, self.up.bias)",
+        "(self.down.bias, self.up.bias)",
+        "tests/plugins/test_adapter.py::test_starts_at_the_pretrained_function_and_moves_only_what_it_declares"
+        "[houlsby-bert]",
+    ),
+    Mutation(
+        "a random pooler is not saved",
+        "hybridengine/train/adapters.py",
+        "wanted = {*run.may_optimise, *run.missing_parameters}",
+        "wanted = {*run.may_optimise}",
+        "tests/plugins/test_adapter.py::test_best_holds_what_was_trained_and_predicts_to_the_bit[freeze]",
+    ),
+    Mutation(
+        "a resting layer moves by its last gradient",
+        GRADIENTS,
+        "            parameter.grad = None  # of an earlier step: the optimizer would apply it again\n",
+        "",
+        "tests/plugins/test_lisa.py::test_eight_steps_match_the_paper[keep]",
+    ),
+    Mutation(
+        "LISA keeps the state of resting layers",
+        "plugins/hybridengine_plugins/optim/lisa.py",
+        "ctx.run.optimizer.state.pop(parameter, None)",
+        "ctx.run.optimizer.state.get(parameter, None)",
+        "tests/plugins/test_lisa.py::test_eight_steps_match_the_paper[drop]",
+    ),
+    Mutation(
         "focal loss of the wrong answers",
         "plugins/hybridengine_plugins/regularize/focal.py",
         "(-torch.expm1(log_p)).clamp_min",

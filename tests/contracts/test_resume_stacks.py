@@ -23,6 +23,7 @@ CORE: dict[str, dict[str, Any]] = {
 MORE: dict[str, dict[str, Any]] = {
     "vat+fgm, accumulated": {"methods": ["vat", "fgm"], "accumulate": 2, "unlabelled": True},
     "gradual-unfreeze": {"methods": [{"gradual-unfreeze": {"steps": 2}}]},
+    "lisa": {"methods": [{"lisa": {"layers": 1, "every": 1}}]},
     "lora+rdrop": {"methods": [{"lora": {"r": 2, "dropout": 0.1}}, "rdrop"]},
     "masked-language-modeling": {"methods": [], "task": "masked-language-modeling"},
     "sam+ema+freelb+rdrop": {"methods": ["sam", {"ema": {"decay": 0.9}}, "freelb", "rdrop"], "accumulate": 2},

@@ -158,6 +158,21 @@ def test_swapped_holds_the_values_keeps_identity_and_nests() -> None:
     assert equal(bench.parameters(), before)
 
 
+def test_resting_parameters_keep_no_gradient_of_an_earlier_step() -> None:
+    """The optimizer would apply it again; afterwards they are trainable, also after an error."""
+    bench = bench_of(lr=0.1)
+    bench.step([make_batch()])
+    names = [name for name in bench.run.may_optimise if "layer.0" in name]
+    before = bench.parameters()
+    with pytest.raises(RuntimeError, match="struck"), bench.ctx.resting(names):
+        assert not bench.run.optimised().keys() & set(names)
+        assert all(bench.run.may_optimise[name].grad is None for name in names)
+        bench.run.optimizer.step()
+        raise RuntimeError("struck")
+    assert all(torch.equal(bench.run.may_optimise[name], before[name]) for name in names)
+    assert bench.run.optimised().keys() == before.keys()
+
+
 # ---- the update ------------------------------------------------------------------------------------------------------
 
 
