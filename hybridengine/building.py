@@ -15,7 +15,8 @@ from hybridengine.data.card import add_token_lengths
 from hybridengine.data.prepare import prepare_splits
 from hybridengine.errors import ConfigError, DataError, HybridEngineError, ModelError, StackError
 from hybridengine.evaluate.metrics import check_metric, greater_is_better
-from hybridengine.model.loading import capabilities_of, choose_device, load_model, load_model_config
+from hybridengine.model.capabilities import capabilities_of
+from hybridengine.model.loading import choose_device, load_model, load_model_config
 from hybridengine.plugin.calling import Hooks
 from hybridengine.run import ParamGroup, Run
 from hybridengine.seams.first_position import FirstPosition

@@ -9,11 +9,9 @@ from hybridengine.model.adapters import (
     transposed,
     wrap_by_peft,
 )
-from hybridengine.model.depth import parameter_levels
-from hybridengine.model.adapters import linear_targets, named, new_heads, task_type, transposed, wrap_by_peft
+from hybridengine.model.capabilities import capabilities_of
 from hybridengine.model.depth import layer_stacks, parameter_levels
 from hybridengine.model.loading import (
-    capabilities_of,
     choose_device,
     hub_or_cache,
     load_frozen,
