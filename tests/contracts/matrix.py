@@ -74,6 +74,20 @@ def records(what: str) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
+def _pair_records() -> Iterator[dict[str, Any]]:
+    """Records of pairs: those that the result holds, whose members have not changed since, then all lines written."""
+    stored = json.loads(RESULT.read_text(encoding="utf-8"))
+    same = [n for n in stored["methods"] if n in PARAMETERS and stored["sources"][n] == digest(n)]
+    for kind in PAIR_GROUNDS:
+        refused, missing = stored["refused"][kind], set(stored["missing"][kind])
+        for pair in itertools.combinations(same, 2):
+            if (key := "+".join(pair)) not in missing:
+                reason = stored["reasons"][refused[key]] if key in refused else None
+                found = {"result": "refused" if reason else "trains", "reason": reason, "seconds": 0.0}
+                yield {"kind": kind, "pair": list(pair), "digest": digest(*pair), **found}
+    yield from records("pairs")
+
+
 def digest(*names: str) -> str:
     """Of the sources of these methods: a pair is run again when one of its members changed."""
     return hashlib.sha256(b"".join(map(_source, names))).hexdigest()[:12]
@@ -100,7 +114,7 @@ def _append(what: str, shard: str, record: dict[str, Any]) -> None:
 
 def pairs(shard: str) -> bool:
     """Run what this shard has not recorded; returns whether nothing failed."""
-    known = {(r["kind"], *r["pair"], r["digest"]) for r in records("pairs") if r["result"] != "failed"}
+    known = {(r["kind"], *r["pair"], r["digest"]) for r in _pair_records() if r["result"] != "failed"}
     every = [(kind, *pair) for pair in itertools.combinations(sorted(PARAMETERS), 2) for kind in PAIR_GROUNDS]
     good = True
     for kind, *pair in mine(shard, every):
@@ -152,6 +166,7 @@ def write() -> bool:
     results = {
         "torch": torch.__version__,
         "methods": now,
+        "sources": {name: digest(name) for name in now},
         "expected_pairs": expected,
         "pairs": _counts(list(latest.values())),
         "stacks": _counts(list(drawn)),
@@ -165,6 +180,10 @@ def write() -> bool:
             for kind in PAIR_GROUNDS
         },
     }
+    results["missing"] = {
+        kind: ["+".join(pair) for pair in itertools.combinations(now, 2) if (kind, *pair) not in latest]
+        for kind in PAIR_GROUNDS
+    }
     RESULT.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     PAGE.write_text(page(results), encoding="utf-8")
     print(f"pairs: {results['pairs']} of {expected}; random stacks: {results['stacks']}")
@@ -174,7 +193,7 @@ def write() -> bool:
 def _latest(now: set[str]) -> dict[tuple[str, ...], dict[str, Any]]:
     """The record of each pair whose members are as they were then; a failure only where nothing better came since."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
-    for record in records("pairs"):
+    for record in _pair_records():
         key = (record["kind"], *record["pair"])
         known = found.get(key, {"result": "failed"})["result"] != "failed"
         if now.issuperset(record["pair"]) and record["digest"] == digest(*record["pair"]):
@@ -202,7 +221,8 @@ def covering_stacks(size: int = 4) -> list[tuple[str, ...]]:
     """Stacks in which every pair that trains on an encoder stands together at least once, drawn greedily."""
     known = json.loads(RESULT.read_text(encoding="utf-8"))
     refused = {tuple(sorted(pair.split("+"))) for pair in known["refused"]["encoder"]}
-    fits = set(itertools.combinations(known["methods"], 2)) - refused
+    missing = {tuple(pair.split("+")) for pair in known["missing"]["encoder"]}
+    fits = set(itertools.combinations(known["methods"], 2)) - refused - missing
     left, order, chosen = set(fits), random.Random(0), []
     while left:
         stack = list(min(left))

@@ -22,6 +22,7 @@ def page(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
         f"| pairs of {len(results['methods'])} methods | {pairs['total']:,} | {pairs['trains']:,} "
         f"| {pairs['refused']:,} | {pairs['failed']:,} |",
+        *_missing(results),
         *_random(stacks),
         "",
     ]
@@ -30,6 +31,11 @@ def page(results: dict[str, Any]) -> str:
     lines += ["## Reasons", ""]
     lines += [f"{index + 1}. {'; '.join(reason.splitlines())}" for index, reason in enumerate(results["reasons"])]
     return "\n".join(lines) + "\n"
+
+
+def _missing(results: dict[str, Any]) -> list[str]:
+    count = sum(map(len, results["missing"].values()))
+    return [f"| pairs not run since a member was added or changed | {count:,} | | | |"] if count else []
 
 
 def _random(stacks: dict[str, int]) -> list[str]:
@@ -46,10 +52,11 @@ def _grid(results: dict[str, Any], kind: str) -> list[str]:
         one, other = pair.split("+")
         for name, partner in ((one, other), (other, one)):
             refused[name].setdefault(reason, []).append(partner)
-    everyone = len(results["methods"]) - 1
+    open_pairs = [name for pair in results["missing"][kind] for name in pair.split("+")]
     rows = ["| method | trains with | refused with (reason) |", "|---|---|---|"]
     for name, found in refused.items():
         lost = sum(map(len, found.values()))
         told = "; ".join(f"{', '.join(partners)} ([{r + 1}](#reasons))" for r, partners in sorted(found.items()))
-        rows.append(f"| `{name}` | {everyone - lost} of {everyone} | {told} |")
+        run = len(results["methods"]) - 1 - open_pairs.count(name)
+        rows.append(f"| `{name}` | {run - lost} of {run} | {told} |")
     return rows

@@ -32,11 +32,11 @@ def test_every_shipped_method_is_drawn() -> None:
     assert set(PARAMETERS) == {name for name in METHODS if name in shipped}
 
 
-def test_the_support_matrix_is_whole_and_its_page_is_what_it_says() -> None:
-    """Else: `python tests/contracts/matrix.py pairs`, then `... write`."""
+def test_the_support_matrix_names_every_pair_and_its_page_is_what_it_says() -> None:
+    """Run or not run yet. Else: `python tests/contracts/matrix.py pairs`, then `... write`."""
     results = json.loads(RESULT.read_text(encoding="utf-8"))
     assert results["methods"] == sorted(PARAMETERS), "the matrix lacks methods, or has some that are gone"
-    assert results["pairs"]["total"] == results["expected_pairs"]
+    assert results["pairs"]["total"] + sum(map(len, results["missing"].values())) == results["expected_pairs"]
     assert results["pairs"]["failed"] == results["stacks"]["failed"] == 0
     assert PAGE.read_text(encoding="utf-8") == page(results)
 
