@@ -122,7 +122,12 @@ class Context(Gradients):
         if self.trace.recording:  # asked here too: what it would record takes microseconds of every pass
             self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
         self.trace.features |= features
-        inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
+        inputs: dict[str, Any] = dict(batch.inputs)
+        foreign = model is not None and self._knows_no_soft_tokens(model)
+        if foreign:
+            inputs = self.run.soft_tokens.without(batch.inputs)
+        if features:
+            inputs["output_hidden_states"] = True
         device = self.run.device
         before, self._live = self._live, view.params
         try:
@@ -143,11 +148,19 @@ class Context(Gradients):
                 outputs = self.transform_outputs(self, batch, outputs)
         finally:
             self._live = before
+        if foreign and outputs.logits.dim() > 2:
+            raise SeamError(
+                "a teacher that knows no soft tokens has other positions than its student, so it cannot teach token by"
+                " token; remove the soft prompt or the teacher"
+            )
         hidden = None
         if features:
             states = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
             hidden = states[-1]
         return Out({}, outputs.logits, hidden, view)
+
+    def _knows_no_soft_tokens(self, model: nn.Module) -> bool:
+        return len(self.run.soft_tokens) > 0 and self.run.sites is not None and not self.run.sites.reach(model)
 
     def _shortcut(self, target: nn.Module, features: bool) -> contextlib.AbstractContextManager[None]:
         """Training passes compute the last layer where it is read; evaluation stays as `best/` will be, to the bit."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.sites import Sites
+from hybridengine.seams.soft_tokens import SoftTokens
 
 __all__ = ["Host"]
 
@@ -26,6 +27,7 @@ class Host(Protocol):
     seed: int
     step: int
     sites: Sites | None
+    soft_tokens: SoftTokens
     value: Callable[[str, Tensor], Tensor]
     first_position: FirstPosition | None
     lazy_head: nn.Module | None

@@ -45,6 +45,11 @@ class Sites:
         self._find(model, _made_up(inputs))
         for name in self._calls_per_module:
             override_forward(model.get_submodule(name), functools.partial(self._watched, name))
+        self._classes = {type(model.get_submodule(name)) for name in self._calls_per_module} - {nn.Embedding}
+
+    def reach(self, model: nn.Module) -> bool:
+        """Whether this model's embeddings know deltas and soft tokens: the run's own model and its copies do."""
+        return any(type(module) in self._classes for module in model.modules())
 
     def vocabulary(self, model: nn.Module, input: str = "input_ids") -> Tensor:
         """The embeddings `[V, D]` of the token ids that arrive as `input`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,19 @@ class SoftTokens:
         numbers = range(len(self), len(self) + count)
         self._modules[name] = (module, numbers)
         return [-1 - number for number in numbers]
+
+    def without(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs `[B, L]` of a model that knows no soft tokens: those columns of each row taken out."""
+        ids = inputs["input_ids"]
+        real = ids >= 0
+        kept = {
+            name: value[real].view(len(ids), -1) if value.shape == ids.shape else value
+            for name, value in inputs.items()
+            if not name.startswith("decoder_")
+        }
+        if "position_ids" in kept:  # of rows that are padded on the left
+            kept["position_ids"] = (kept["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        return {**inputs, **kept}
 
     def clear(self) -> None:
         """Forget all soft tokens, of an adaptation that failed."""

@@ -239,8 +239,7 @@ class Probe:
         self.passes.append(summarise(ctx.trace.events))
         self._after = _copied(ctx.run)
         changed = _different(before, self._after)
-        allowed = {k for k in ctx.run.may_optimise if "/" not in k}  # type: ignore[attr-defined]
-        if wrong := changed - allowed:
+        if wrong := changed - set(ctx.run.may_optimise):  # type: ignore[attr-defined]
             self.problems.append(f"{wrong} moved, but is not optimised")
         self.moved |= changed
         if bad := [name for name, value in terms.items() if not torch.isfinite(torch.as_tensor(value)).all()]:
@@ -250,7 +249,8 @@ class Probe:
 
 def _copied(run: Any) -> dict[str, Tensor]:
     model: Run = run
-    return {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    parts = {f"{part}/{name}": p for part in model.model_parts for name, p in model.modules[part].named_parameters()}
+    return {name: p.detach().clone() for name, p in (*model.model.named_parameters(), *parts.items())}
 
 
 def _different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:

@@ -164,6 +164,24 @@ def test_weight_perturbations_reach_the_vectors_and_give_them_back():
     assert torch.equal(before, bench.run.modules["prompt-tuning"].vectors)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_teacher_that_knows_no_soft_tokens_reads_the_row_without_them(side):
+    bench = _bench("llama")
+    teacher = MODELS["llama"]().double().eval()
+
+    def batch(ids):
+        made = _batch(bench, side, ids=ids)
+        made.inputs["position_ids"] = (made.inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        return made
+
+    (out,) = bench.ctx.outputs(batch(bench.run.soft_tokens.ids("prompt-tuning")), [View(key=0)], model=teacher)
+    assert torch.equal(out.logits, teacher(**batch(()).inputs).logits)
+    copy = bench.run.copy_of_model()  # a copy of the student knows them
+    prompted = batch(bench.run.soft_tokens.ids("prompt-tuning"))
+    (own,) = bench.ctx.outputs(prompted, [View(key=0)], model=copy)
+    assert torch.equal(own.logits, _logits(bench, prompted))
+
+
 # ---- soft prompt + LoRA + FGM + R-Drop + EMA on a decoder classifier -------------------------------------------------
 
 STACK = [
