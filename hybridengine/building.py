@@ -82,6 +82,7 @@ def capabilities(run: Run) -> set[str]:
 
 def build_model(run: Run, hooks: Hooks) -> None:
     """Load the model through `build_model`, or by the task's own class."""
+    run.attach(hooks)
     model: Any = hooks.build("build_model", run, expect=nn.Module)
     if model is None:
         options = run.task.model_options(run)
@@ -143,7 +144,6 @@ def adapt_model(run: Run, hooks: Hooks, *, features: bool, logits: bool) -> None
         features: a method of the stack reads hidden states, so that every layer must be computed in full.
         logits: a method of the stack reads logits, so that a language model's must be computed in full.
     """
-    run.slots = hooks.slots
     run.model = hooks.transform("transform_model", run, run.model, expect=nn.Module).to(run.device)
     probe = _probe_batch(run)
     try:
@@ -211,8 +211,7 @@ def features_of(run: Run, hooks: Hooks, rows: Sequence[Row]) -> list[Feature]:
     """Tokenise rows, by `build_features` or the task, and let methods change the features."""
     made = hooks.build("build_features", run, rows)
     features: list[Feature] = run.task.features(run, rows) if made is None else made
-    features = hooks.transform("transform_features", run, features, expect=list)
-    return features
+    return run.finish_features(features)
 
 
 def make_features(run: Run, hooks: Hooks) -> dict[str, list[Feature]]:

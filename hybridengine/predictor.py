@@ -79,7 +79,6 @@ class Predictor:
         run.tokenizer = self._hooks.build("build_tokenizer", run) or load_tokenizer(config.model)
         build_model(run, self._hooks)
         if adapter:
-            run.slots = self._hooks.slots
             run.model = self._hooks.transform("transform_model", run, run.model)
         run.model.to(run.device)
         run.sites = Sites(run.model, self._probe(run))

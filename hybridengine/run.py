@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.randomness import KeyedRows
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.soft_tokens import SoftTokens
-from hybridengine.seams.task import Row
+from hybridengine.seams.task import Feature, Row
+
+if TYPE_CHECKING:
+    from hybridengine.plugin.calling import Hooks
 
 __all__ = ["ParamGroup", "Run"]
 
@@ -61,7 +65,7 @@ class Run:
         splits: rows by split name.
         labels: label names in id order, where the task has labels.
         modules: extra modules by name (teachers, averages, learned rates, soft tokens), checkpointed.
-        slots: the exclusive places that methods of the stack take, known from `transform_model` on.
+        slots: the exclusive places that methods of the stack take, known from `build_model` on.
         cloze: the `hybridengine.text.Cloze` of a template, where one writes the rows.
         step: optimizer steps made; `total_steps` how many are planned.
         stop_reason: set it to stop training after this step, with the reason.
@@ -113,12 +117,18 @@ class Run:
         self.inner_patterns: Sequence[str] = ("*",)  # what inner loops adapt, in training and at test time
         self.inner_update: InnerUpdate | None = None  # how, where a method learned it; at test time too
         self.load_model: Callable[[str], nn.Module] = self._cannot_load
+        self.finish_features: Callable[[list[Feature]], list[Feature]] = lambda features: features
         self.value: Callable[[str, Tensor], Tensor] = lambda name, parameter: parameter  # set by the context
         self.load_answers: Callable[[str], Callable[[Sequence[Row]], Tensor] | None] = lambda name: None
         self.memories: dict[str, dict[str, Any]] = {}
         self._made_up: list[Row] = []
         self._state: dict[str, dict[str, Any]] = {}
         self._optimised: dict[str, nn.Parameter] | None = None
+
+    def attach(self, hooks: Hooks) -> None:
+        """Know the stack: the slots it takes, and what it makes of features."""
+        self.slots = hooks.slots
+        self.finish_features = functools.partial(hooks.transform, "transform_features", self, expect=list)
 
     # ---- state of methods --------------------------------------------------------------------------------------
 

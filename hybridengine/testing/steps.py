@@ -178,7 +178,7 @@ def set_up(
         prepare(run)
     methods = [as_method(plugin) for plugin in plugins]
     hooks = Hooks(methods)
-    run.slots = hooks.slots
+    run.attach(hooks)
     run.model = run.forward_model = hooks.transform("transform_model", run, model.train())
     run.sites = Sites(run.model, batch.inputs)
     hooks.notify("on_run_start", run)

@@ -85,7 +85,7 @@ def set_up_task(
     hooks = Hooks(members)
     run.task, run.tokenizer = task, tokenizer
     task.prepare(run, rows)
-    run.slots = hooks.slots
+    run.attach(hooks)
     run.model = run.forward_model = hooks.transform("transform_model", run, task.configure(run, model.eval()))
     bench = TaskBench(run, compose(run, hooks))
     run.sites = Sites(run.model, bench.batch(list(rows[:2])).inputs)

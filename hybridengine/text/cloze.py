@@ -205,7 +205,10 @@ class Cloze:
             stand_in = self.tokenizer.unk_token_id or 0
             ids = [stand_in if o and t == self.tokenizer.mask_token_id else t for t, o in zip(ids, whose, strict=True)]
         kept = self._kept(whose, max_length)
+        end = len(ids) - len(self._suffix)
+        literal = [not owner and ids[i] not in self._special and i < end for i, owner in enumerate(whose)]
         feature: Feature = {
+            "template": [int(literal[i]) for i in kept],
             "input_ids": [ids[i] for i in kept],
             "perturbable": [int(bool(whose[i]) and ids[i] not in self._special) for i in kept],
             "length": len(kept),

@@ -27,7 +27,7 @@ def batch_of(run: Run, rows: Sequence[Row], ids: Sequence[int], pieces: Sequence
         pieces: another template for each row (`pieces_of`).
     """
     features = run.cloze.features(run, rows, pieces) if run.cloze else run.task.features(run, rows)
-    made: Batch = run.task.collate(run, features, ids, run.random)
+    made: Batch = run.task.collate(run, run.finish_features(features), ids, run.random)
     return made.to(run.device)
 
 
@@ -40,7 +40,7 @@ def rewritten(run: Run, batch: Batch, pieces: Sequence[Sequence[str]], rows: Seq
     """
     rows = run.rows_of(batch.rows) if rows is None else rows
     features = run.cloze.encode(rows, usable_length(run), pieces)
-    made: Batch = run.task.collate(run, features, batch.rows, run.random).to(run.device)
+    made: Batch = run.task.collate(run, run.finish_features(features), batch.rows, run.random).to(run.device)
     return replace(batch, inputs=made.inputs, masks=made.masks)
 
 

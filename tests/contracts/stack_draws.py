@@ -164,6 +164,7 @@ PARAMETERS: dict[str, Parameters] = {
     "smart": _some(steps=(1, 2), proximal=(0.5, 0.0)),
     "supcon": _some(weight=(0.5,), temperature=(0.3,), pool=("mean", "first")),
     "swa": _some(start=(0,), every=(1, 2)),
+    "soft-template": _some(hard=([],)),
     "prompt-tuning": _some(n=(1, 3), text=(None, "good bad"), attacked=(False, True)),
     "p-tuning": _some(n=(2,), encoder=("mlp", "lstm"), hidden=(4,)),
     "prefix-tuning": _some(n=(2,), hidden=(4,)),

@@ -98,7 +98,7 @@ class Ready:
         self.bench = set_up([template, *others], self.base, first, **options)
         self.run = self.bench.run
         self.run.labels = run.labels
-        self.features = self.bench.hooks.build("build_features", self.run, rows)
+        self.features = self.run.finish_features(self.bench.hooks.build("build_features", self.run, rows))
         self.batch = self.collate(range(len(rows)))
 
     def collate(self, chosen: Iterable[int]) -> Batch:
