@@ -515,6 +515,13 @@ MUTATIONS = (
         "tests/plugins/test_cutoff.py::test_what_an_attack_adds_is_cut_as_well",
     ),
     Mutation(
+        "mixout without keeping the mean",
+        "plugins/hybridengine_plugins/regularize/mixout.py",
+        "ahead = (wide(weight) - self.p * pretrained) / (1 - self.p)",
+        "ahead = wide(weight)",
+        "tests/plugins/test_mixout.py::test_each_weight_is_the_pretrained_one_or_goes_further_and_the_mean_stays",
+    ),
+    Mutation(
         "padding of one text mixed into another",
         "plugins/hybridengine_plugins/regularize/mixup.py",
         "(1 - part) * (x * real)[partner]",

@@ -146,6 +146,7 @@ PARAMETERS: dict[str, Parameters] = {
     "maml-plus-plus": _some(inner_steps=(1, 2), multi_step=(0, 2), first_order_steps=(0, 1)),
     "mask-infill": lambda ground: st.just({"model": checkpoint("bert", "AutoModelForMaskedLM"), "alpha": 0.3}),
     "meta-sgd": _some(inner_steps=(1, 2), first_order=(False, True)),
+    "mixout": _some(p=(0.5, 0.8)),
     "mixup": _some(alpha=(0.4, 2.0)),
     "muon": _some(momentum=(0.9,)),
     "neftune": _some(alpha=(0.3,)),
