@@ -57,6 +57,7 @@ class Run:
         task: the task object.
         splits: rows by split name.
         labels: label names in id order, where the task has labels.
+        rewrites: how methods of data augmentation rewrite texts, by method, in order; known while rows are prepared.
         modules: extra modules by name (teachers, averages, learned rates, prompts), checkpointed, outside the backbone.
         step: optimizer steps made; `total_steps` how many are planned.
         stop_reason: set it to stop training after this step, with the reason.
@@ -83,6 +84,7 @@ class Run:
         self.task: Any = None
         self.splits: dict[str, Split] = {}
         self.labels: list[str] = []
+        self.rewrites: dict[str, Callable[..., Sequence[str]]] = {}
         self.sites: Sites | None = None
         self.first_position: FirstPosition | None = None
         self.lazy_head: nn.Module | None = None

@@ -9,6 +9,7 @@ from hybridengine.plugin.stacking import Method
 __all__ = ["NEEDS", "check_stack"]
 
 NEEDS = {
+    "augmentation": "no method rewrites texts; add eda, synonym, mask-infill or back-translation",
     "dropout": "the model has no dropout, so two passes are identical; use a model with dropout, or"
     " `lora: {dropout: 0.1}`",
     "episodes": "training must come in episodes; add `episodes: {ways: N, shots: K}`",

@@ -1,6 +1,6 @@
 """Text to tensors: tokenising, padding, templates with masks."""
 
-from hybridengine.text.augmentation import Rewrite, add_copies
+from hybridengine.text.augmentation import Rewrite, add_copies, rewrite_unlabelled
 from hybridengine.text.cloze import Cloze
 from hybridengine.text.sampling import by_length, sample_top_k
 from hybridengine.text.token_loss import IGNORED, token_prediction, token_terms
@@ -38,6 +38,7 @@ __all__ = [
     "padded",
     "padded_inputs",
     "replaced",
+    "rewrite_unlabelled",
     "sample_top_k",
     "set_pad_token",
     "special_ids",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-from stack_draws import PARAMETERS, Ground, Probe, traits_of
+from stack_draws import PARAMETERS, Ground, Probe, partners, traits_of
 from tiny_runs import run_config
 
 import hybridengine
@@ -26,11 +26,9 @@ def typical(name: str, ground: Ground) -> dict[str, Any]:
 
 
 def complete(names: Iterable[str], ground: Ground) -> list[dict[str, Any]]:
-    """These methods with typical parameters, and `episodes` where one of them learns from episodes."""
+    """These methods with typical parameters, and what they need beside them, such as `episodes`."""
     wanted = list(names)
-    if any("episodes" in traits_of(name).requires for name in wanted) and "episodes" not in wanted:
-        wanted.append("episodes")
-    return [typical(name, ground) for name in wanted]
+    return [typical(name, ground) for name in wanted + partners(wanted)]
 
 
 def refusal(engine: Engine, methods: list[dict[str, Any]]) -> str | None:
@@ -56,7 +54,8 @@ def planned(engine: Engine, step: int) -> dict[str, int]:
 def config_of(ground: Ground, methods: list[dict[str, Any]], output: Path, **train: Any) -> dict[str, Any]:
     task: Any = {"summarization": {"max_new_tokens": 4}} if ground.task == "summarization" else ground.task
     options = {"max_steps": STEPS, "evaluate_every": 2, **train}
-    return run_config(methods, output, model=ground.model(), task=task, **options)
+    unlabelled = any("unlabelled" in traits_of(next(iter(method))).requires for method in methods)
+    return run_config(methods, output, model=ground.model(), task=task, unlabelled=unlabelled, **options)
 
 
 def check(ground: Ground, methods: list[dict[str, Any]], output: Path, **train: Any) -> str | None:

@@ -141,11 +141,23 @@ PARAMETERS: dict[str, Parameters] = {
     "swa": _some(start=(0,), every=(1, 2)),
     "synonym": lambda ground: st.just({"path": synonyms(), "alpha": 0.5}),
     "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
+    "uda": _some(temperature=(0.5,), threshold=(0.0, 0.26), annealing=("none", "linear")),
     "vat": _some(steps=(1, 2)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),
     "weight-decay": _some(value=(0.1,)),
     "wsd": _some(shape=("linear", "sqrt")),
 }
+
+
+PARTNERS = {"episodes": "episodes", "augmentation": "eda"}
+"""What methods require of others, and the method that is added to provide it."""
+
+
+def partners(names: Sequence[str]) -> list[str]:
+    """The methods that these ones need beside them and lack."""
+    needs = {need for name in names for need in traits_of(name).requires}
+    have = {found for name in names for found in traits_of(name).provides}
+    return [partner for need, partner in PARTNERS.items() if need in needs - have and partner not in names]
 
 
 @functools.cache
@@ -160,12 +172,8 @@ def stacks(draw: st.DrawFn, least: int = 1) -> tuple[Ground, list[dict[str, Any]
     """A ground, `least` to 4 methods with parameters, and options of the `train` section."""
     ground = draw(st.sampled_from(GROUNDS))
     names = draw(st.lists(st.sampled_from(sorted(PARAMETERS)), min_size=least, max_size=4, unique=True))
-    if (
-        any("episodes" in traits_of(name).requires for name in names)
-        and "episodes" not in names
-        and draw(st.booleans())
-    ):
-        names.append("episodes")  # else meta-learning would nearly always be refused
+    if missing := partners(names):  # else meta-learning would nearly always be refused
+        names += missing if draw(st.booleans()) else []
     methods = [{name: draw(PARAMETERS[name](ground))} for name in names]
     return ground, methods, {"accumulate": draw(st.sampled_from([1, 2])), "seed": draw(st.integers(0, 3))}
 
