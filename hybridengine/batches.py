@@ -43,8 +43,14 @@ def in_order(lengths: Sequence[int], batch_size: int) -> Sampler:
     return lambda epoch: fixed
 
 
-def with_unlabelled(sampler: Sampler, count: int, batch_size: int, seed: int) -> Sampler:
-    """Attach `batch_size` unlabelled rows to every draw, walking through them in a shuffled order."""
+def with_unlabelled(
+    sampler: Sampler, count: int, batch_size: int, seed: int, splits: Sequence[str] = ("unlabelled",)
+) -> Sampler:
+    """Attach `batch_size` unlabelled rows to every draw, walking through them in a shuffled order.
+
+    Args:
+        splits: from each of these, rows at the same positions, as a part of its name.
+    """
 
     def draws(epoch: int) -> list[Draw]:
         base = sampler(epoch)
@@ -55,7 +61,8 @@ def with_unlabelled(sampler: Sampler, count: int, batch_size: int, seed: int) ->
             turn += 1
         parts = [tuple(order[i * batch_size : (i + 1) * batch_size]) for i in range(len(base))]
         return [
-            replace(d, parts={**d.parts, "unlabelled": ("unlabelled", p)}) for d, p in zip(base, parts, strict=True)
+            replace(d, parts={**d.parts, **{name: (name, p) for name in splits}})
+            for d, p in zip(base, parts, strict=True)
         ]
 
     return draws
@@ -73,13 +80,14 @@ class Assembler:
         """The batch of a draw, with its parts, on the CPU; `step` keys collation randomness (masked tokens)."""
         own = self._collate(split, draw.rows, step, draw.relabel)
         parts = {
-            name: self._collate(part_split, positions, step, draw.relabel)
+            name: self._collate(part_split, positions, step, draw.relabel if part_split == split else None)
             for name, (part_split, positions) in draw.parts.items()
         }
         if not parts:
             return own
         counts = dict(own.counts)
         if "unlabelled" in parts:
+            counts["unlabelled_rows"] = parts["unlabelled"].size
             counts["all_rows"] = counts.get("all_rows", own.size) + parts["unlabelled"].size
         return replace(own, parts=parts, counts=counts)
 

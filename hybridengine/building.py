@@ -11,8 +11,9 @@ from torch import nn
 
 from hybridengine import kernels
 from hybridengine.config import Config, ModelConfig
-from hybridengine.data.card import add_token_lengths
+from hybridengine.data.card import add_token_lengths, describe_split
 from hybridengine.data.prepare import prepare_splits
+from hybridengine.data.rows import TARGET_ROLES
 from hybridengine.errors import ConfigError, DataError, HybridEngineError, ModelError, StackError
 from hybridengine.evaluate.metrics import check_metric, greater_is_better
 from hybridengine.model.capabilities import capabilities_of
@@ -64,6 +65,10 @@ def prepare_data(run: Run, hooks: Hooks, resolved: Resolved) -> None:
     main = check_metric(wanted, run.task.metric_names, resolved.task.name)
     run.greater_is_better = run.task.greater_is_better if main == run.task.metric else greater_is_better(main)
     run.splits = hooks.transform("transform_data", run, run.splits, expect=dict)
+    run.rewrites.clear()  # and with them what they hold
+    inputs = [role for role in run.task.columns if role not in TARGET_ROLES]
+    made = {name: split for name, split in run.splits.items() if name not in run.card["splits"]}
+    run.card["splits"].update({name: describe_split(split, inputs) for name, split in made.items()})
 
 
 def capabilities(run: Run) -> set[str]:

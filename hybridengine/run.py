@@ -67,6 +67,7 @@ class Run:
         modules: extra modules by name (teachers, averages, learned rates, soft tokens), checkpointed.
         slots: the exclusive places that methods of the stack take, known from `build_model` on.
         cloze: the `hybridengine.text.Cloze` of a template, where one writes the rows.
+        rewrites: how methods of data augmentation rewrite texts, by method, in order; known while rows are prepared.
         step: optimizer steps made; `total_steps` how many are planned.
         stop_reason: set it to stop training after this step, with the reason.
         notes: things worth telling the user, in order.
@@ -93,6 +94,7 @@ class Run:
         self.splits: dict[str, Split] = {}
         self.labels: list[str] = []
         self.cloze: Any = None
+        self.rewrites: dict[str, Callable[..., Sequence[str]]] = {}
         self.sites: Sites | None = None
         self.first_position: FirstPosition | None = None
         self.lazy_head: nn.Module | None = None

@@ -12,7 +12,7 @@ from hybridengine.data.carve import text_key
 from hybridengine.data.labels import labels_of
 from hybridengine.data.rows import Split
 
-__all__ = ["add_token_lengths", "card_lines", "data_card"]
+__all__ = ["add_token_lengths", "card_lines", "data_card", "describe_split"]
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 _SHOWN_LABELS = 12
@@ -31,17 +31,7 @@ def data_card(splits: Mapping[str, Split], inputs: Sequence[str]) -> dict[str, A
         `overlap` (`"train/test"`: rows of the second whose text the first holds too).
     """
     keys = {name: [text_key(row, inputs) for row in split.rows] for name, split in splits.items()}
-    described = {}
-    for name, split in splits.items():
-        labels = Counter(label for row in split.rows for label in labels_of(row))
-        described[name] = {
-            "rows": len(split),
-            "source": split.source or _files(split),
-            "labels": dict(sorted(labels.items())),
-            "words": _spread([_words(key) for key in keys[name]]),
-            "duplicates": len(keys[name]) - len(set(keys[name])),
-            "digest": _digest(split),
-        }
+    described = {name: {**_describe(split, keys[name]), "digest": _digest(split)} for name, split in splits.items()}
     names = list(splits)
     overlap = {}
     for index, first in enumerate(names):
@@ -50,6 +40,22 @@ def data_card(splits: Mapping[str, Split], inputs: Sequence[str]) -> dict[str, A
             overlap[f"{first}/{second}"] = sum(key in known for key in keys[second])
     source = ", ".join(dict.fromkeys(str(split["source"]) for split in described.values()))
     return {"source": source, "splits": described, "overlap": overlap}
+
+
+def describe_split(split: Split, inputs: Sequence[str]) -> dict[str, Any]:
+    """What a card says of a split that methods made of others: all but the digest, for it follows from theirs."""
+    return _describe(split, [text_key(row, inputs) for row in split.rows])
+
+
+def _describe(split: Split, keys: Sequence[str]) -> dict[str, Any]:
+    labels = Counter(label for row in split.rows for label in labels_of(row))
+    return {
+        "rows": len(split),
+        "source": split.source or _files(split),
+        "labels": dict(sorted(labels.items())),
+        "words": _spread([_words(key) for key in keys]),
+        "duplicates": len(keys) - len(set(keys)),
+    }
 
 
 def _digest(split: Split) -> str:

@@ -12,6 +12,7 @@ SPLITS = ("train", "validation", "test", "unlabelled")
 TARGET_ROLES = frozenset({"label", "labels", "tags", "summary", "target"})
 """Roles that hold what the model should answer; all other roles are its input."""
 
+_NUMBERED = (*SPLITS, "augmented")  # the last is made by methods, of unlabelled rows
 _STRIDE = 1 << 40  # more rows than any split has; keeps row ids of different splits apart
 
 
@@ -20,7 +21,7 @@ class Split:
     """Rows of one split, with their origin for error messages and their global ids for keyed randomness.
 
     Attributes:
-        name: `train`, `validation`, `test` or `unlabelled`.
+        name: `train`, `validation`, `test` or `unlabelled`; methods may add `augmented`.
         rows: mappings from column (after preparation: role) to value.
         source: file or description of the origin; empty where each line names its own file.
         lines: 1-based line or row number in the source per row, or `file:line`.
@@ -46,7 +47,7 @@ class Split:
 
     def ids(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Global ids of rows by position."""
-        base = (SPLITS.index(self.name) if self.name in SPLITS else len(SPLITS)) * _STRIDE
+        base = (_NUMBERED.index(self.name) if self.name in _NUMBERED else len(_NUMBERED)) * _STRIDE
         return tuple(base + position for position in positions)
 
     def select(self, positions: Sequence[int], name: str | None = None) -> Split:
@@ -75,5 +76,5 @@ def rows_of(splits: Mapping[str, Split], ids: Sequence[int]) -> list[Mapping[str
 
 def _place(splits: Mapping[str, Split], number: int) -> tuple[Split, int] | None:
     index, position = divmod(number, _STRIDE)
-    split = splits.get(SPLITS[index]) if 0 <= index < len(SPLITS) else None
+    split = splits.get(_NUMBERED[index]) if 0 <= index < len(_NUMBERED) else None
     return (split, position) if split is not None and position < len(split) else None

@@ -25,6 +25,7 @@ def kl_rows(
     *,
     temperature: float = 1.0,
     direction: Literal["forward", "symmetric"] = "forward",
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Sum over rows of KL(P || Q), P and Q the distributions of logits p/T and q/T; a scalar with the unit `rows`.
 
@@ -39,6 +40,7 @@ def kl_rows(
     Args:
         task: `ctx.run.task`, which tells what the logits mean; softmax where it tells nothing.
         direction: "symmetric" for (KL(P || Q) + KL(Q || P)) / 2.
+        counted: `[B]`, which rows count; all without it.
 
     Raises:
         ValueError: for another distribution than `softmax` and `bernoulli`, or token logits without a mask.
@@ -51,8 +53,11 @@ def kl_rows(
     else:
         raise ValueError(f"a task's distribution is 'softmax' or 'bernoulli', not {distribution!r}")
     if p.dim() == 2:
-        return values_of(p, q, None).sum()
+        values = values_of(p, q, None if counted is None else counted != 0)
+        return (values if counted is None else values * counted).sum()
     mask = _token_mask(batch, p)
+    if counted is not None:
+        mask = mask * counted[:, None]
     values = values_of(p, q, mask != 0)
     return ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).sum()
 

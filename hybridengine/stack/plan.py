@@ -19,7 +19,7 @@ from hybridengine.seams.base import make_works
 from hybridengine.seams.onion import SEAMS
 from hybridengine.seams.trace import Event, cost_of, summarise
 from hybridengine.stack.compose import compose
-from hybridengine.stack.toy import toy_run
+from hybridengine.stack.toy import UNLABELLED, toy_run
 
 __all__ = ["Phase", "Plan", "make_plan", "passes_text", "stack_views_for", "training_sampler"]
 
@@ -81,8 +81,9 @@ def make_plan(
         member.plugin = copy.deepcopy(member.plugin)
     hooks = Hooks(copies)
     run, features = toy_run(config, *_toy_size(config, copies))
-    if "unlabelled" not in (splits or {}):
-        run.splits.pop("unlabelled")
+    for name in UNLABELLED:
+        if name not in (splits or {}):
+            run.splits.pop(name)
     run.total_steps = total_steps
     hooks.notify("on_run_start", run)
     run.freeze_parameter_sets()
@@ -113,8 +114,8 @@ def training_sampler(run: Run, hooks: Hooks, lengths: Sequence[int]) -> Sampler:
     if sampler is None:
         sampler = bucketed(lengths, run.config.train.batch_size, run.seed)
     if "unlabelled" in run.splits:
-        count = len(run.splits["unlabelled"])
-        sampler = with_unlabelled(sampler, count, run.config.train.batch_size, run.seed)
+        count, found = len(run.splits["unlabelled"]), [name for name in UNLABELLED if name in run.splits]
+        sampler = with_unlabelled(sampler, count, run.config.train.batch_size, run.seed, found)
     return sampler
 
 

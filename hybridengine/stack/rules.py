@@ -11,6 +11,7 @@ __all__ = ["NEEDS", "check_stack"]
 NEEDS = {
     "cloze": "nothing writes the rows as a cloze; add `template: {verbalizer: {label: word}}`, or `template` alone"
     " beside a method that finds or learns words",
+    "augmentation": "no method rewrites texts; add eda, synonym, mask-infill or back-translation",
     "dropout": "the model has no dropout, so two passes are identical; use a model with dropout, or"
     " `lora: {dropout: 0.1}`",
     "episodes": "training must come in episodes; add `episodes: {ways: N, shots: K}`",

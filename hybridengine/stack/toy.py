@@ -20,7 +20,10 @@ from hybridengine.seams.sites import Sites
 from hybridengine.seams.task import Feature, RandomRows
 from hybridengine.seams.types import Batch, Out, Prediction, Term, View
 
-__all__ = ["ToyModel", "ToyTask", "toy_run"]
+__all__ = ["UNLABELLED", "ToyModel", "ToyTask", "toy_run"]
+
+UNLABELLED = ("unlabelled", "augmented")
+"""Splits whose rows come beside the training rows: without labels, and the same rows rewritten."""
 
 _LENGTH, _VOCABULARY, _WIDTH = 5, 64, 8
 
@@ -85,7 +88,7 @@ def toy_run(config: Config, classes: int, per_class: int) -> tuple[Run, dict[str
     run.task = ToyTask()
     run.labels = [f"class {i}" for i in range(classes)]
     rows = [{"text": f"row {i}", "label": run.labels[i % classes]} for i in range(classes * per_class)]
-    run.splits = {name: Split(name, rows, "toy") for name in ("train", "validation", "unlabelled")}
+    run.splits = {name: Split(name, rows, "toy") for name in ("train", "validation", *UNLABELLED)}
     made = [
         {"input_ids": [(7 * i + j) % 50 + 3 for j in range(_LENGTH)], "label": i % classes, "length": _LENGTH}
         for i in range(len(rows))

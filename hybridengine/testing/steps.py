@@ -99,6 +99,8 @@ def make_batch(
         targets = torch.randint(3, vocabulary, (size, 5), generator=generator)
     if kind != "rows":
         counts["tokens"] = int((targets != -100).sum())
+    if (unlabelled := (parts or {}).get("unlabelled")) is not None:
+        counts["unlabelled_rows"] = unlabelled.size
     rows = tuple(range(first_row, first_row + size))
     return Batch(inputs, targets, rows, masks, counts, dict(parts or {}))
 

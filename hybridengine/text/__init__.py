@@ -1,6 +1,6 @@
 """Text to tensors: tokenising, padding, templates with masks."""
 
-from hybridengine.text.augmentation import Rewrite, add_copies
+from hybridengine.text.augmentation import Rewrite, add_copies, rewrite_unlabelled
 from hybridengine.text.cloze import Cloze
 from hybridengine.text.label_words import AtMask, LabelWords, Verbalizer
 from hybridengine.text.pieces import pieces_of, solved
@@ -52,6 +52,7 @@ __all__ = [
     "pieces_of",
     "read_words",
     "replaced",
+    "rewrite_unlabelled",
     "rewritten",
     "sample_top_k",
     "set_pad_token",

@@ -13,7 +13,7 @@ from hybridengine.seams.randomness import mix
 if TYPE_CHECKING:
     from hybridengine.run import Run
 
-__all__ = ["Rewrite", "add_copies"]
+__all__ = ["Rewrite", "add_copies", "rewrite_unlabelled"]
 
 Rewrite = Callable[[Sequence[Mapping[str, Any]], Sequence[int]], Sequence[str]]
 """From rows and a random key for each to their new texts. A text must depend on its own row and key alone."""
@@ -34,7 +34,7 @@ def add_copies(
 
     Args:
         name: of the method, in notes, errors and keys.
-        copies: edited copies of each row.
+        copies: edited copies of each row; at 0 `rewrite` serves `rewrite_unlabelled` alone.
 
     Returns:
         The splits; None on a dry run and where a finished run is loaded, which need no copies.
@@ -49,6 +49,10 @@ def add_copies(
             f"{name} edits the role 'text', but this task reads {', '.join(run.task.columns)}: edited words would not "
             f"fit their tags. Remove {name} from methods."
         )
+    run.rewrites[name] = rewrite
+    if not copies:
+        run.say(f"{name}: no copies; only unlabelled rows are rewritten, where another method asks for it")
+        return None
     train = splits["train"]
     ids = train.ids(range(len(train)))
     origins = [i for i, row in enumerate(train.rows) if "augmented_from" not in row for _ in range(copies)]
@@ -58,6 +62,31 @@ def add_copies(
     _tell(run, train, name, made)
     lines = [*train.lines, *(train.lines[i] for i in origins)]
     return {**splits, "train": replace(train, rows=[*train.rows, *made], lines=lines)}
+
+
+def rewrite_unlabelled(run: Run, splits: Mapping[str, Split], asking: str) -> dict[str, Split]:
+    """Add the split `augmented`: every unlabelled row as the methods before this one rewrite it, each in turn.
+
+    Its row i is row i of `unlabelled`, and batches get both as parts, at the same positions.
+
+    Args:
+        asking: name of the method that asks, in errors.
+
+    Raises:
+        StackError: no method before it rewrites texts.
+    """
+    if not run.rewrites:
+        raise StackError(
+            f"{asking} needs texts that another method rewrites before it; add eda, synonym, mask-infill or"
+            f" back-translation, with a lower `order` than {asking} where one is set"
+        )
+    split = splits["unlabelled"]
+    rows = [{**row, "augmented_from": i} for i, row in enumerate(split.rows)]
+    ids = split.ids(range(len(split)))
+    for name, rewrite in run.rewrites.items():
+        texts = rewrite(rows, [mix(run.seed, name, row, 0) for row in ids])
+        rows = [{**row, "text": text} for row, text in zip(rows, texts, strict=True)]
+    return {**splits, "augmented": replace(split, name="augmented", rows=rows)}
 
 
 def _tell(run: Run, train: Split, name: str, made: Sequence[Mapping[str, Any]]) -> None:

@@ -405,6 +405,29 @@ MUTATIONS = (
         "tests/plugins/test_back_translation.py::test_matches_decoding_by_hand[5]",
     ),
     Mutation(
+        "UDA's target learns too",
+        "plugins/hybridengine_plugins/data/uda.py",
+        """        with torch.no_grad():
+            fixed = ctx""",
+        """        if True:
+            fixed = ctx""",
+        "tests/plugins/test_uda.py::test_no_gradient_flows_into_the_prediction_on_the_unlabelled_text",
+    ),
+    Mutation(
+        "UDA divided by the rows that count",
+        "plugins/hybridengine_plugins/data/uda.py",
+        "self.weight * kl, ",
+        "self.weight * kl * part.size / sure.sum().clamp_min(1), ",
+        "tests/plugins/test_uda.py::test_invariants[none]",
+    ),
+    Mutation(
+        "rewritten rows of other places",
+        "hybridengine/batches.py",
+        "{name: (name, p) for name in splits}",
+        "{name: (name, p if name == splits[0] else p[::-1]) for name in splits}",
+        "tests/core/test_batches.py::test_unlabelled_rows_come_in_turn_and_their_versions_at_the_same_places",
+    ),
+    Mutation(
         "few-shot chooses the same rows of every split",
         "plugins/hybridengine_plugins/data/few_shot.py",
         '"few-shot", split.name, name)',

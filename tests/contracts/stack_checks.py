@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-from stack_draws import PARAMETERS, Ground, Probe, companions, traits_of, without_words
+from stack_draws import PARAMETERS, Ground, Probe, partners, traits_of, without_words
 from tiny_runs import run_config
 
 import hybridengine
@@ -28,7 +28,7 @@ def typical(name: str, ground: Ground) -> dict[str, Any]:
 def complete(names: Iterable[str], ground: Ground) -> list[dict[str, Any]]:
     """These methods with typical parameters, and what they need beside them."""
     wanted = list(names)
-    return without_words([typical(name, ground) for name in [*wanted, *companions(wanted)]])
+    return without_words([typical(name, ground) for name in [*wanted, *partners(wanted)]])
 
 
 def refusal(engine: Engine, methods: list[dict[str, Any]]) -> str | None:
@@ -54,7 +54,8 @@ def planned(engine: Engine, step: int) -> dict[str, int]:
 def config_of(ground: Ground, methods: list[dict[str, Any]], output: Path, **train: Any) -> dict[str, Any]:
     task: Any = {"summarization": {"max_new_tokens": 4}} if ground.task == "summarization" else ground.task
     options = {"max_steps": STEPS, "evaluate_every": 2, **train}
-    return run_config(methods, output, model=ground.model(), task=task, **options)
+    unlabelled = any("unlabelled" in traits_of(next(iter(method))).requires for method in methods)
+    return run_config(methods, output, model=ground.model(), task=task, unlabelled=unlabelled, **options)
 
 
 def check(ground: Ground, methods: list[dict[str, Any]], output: Path, **train: Any) -> str | None:

@@ -172,6 +172,7 @@ PARAMETERS: dict[str, Parameters] = {
     "p-tuning-v2": _some(n=(1, 3)),
     "synonym": lambda ground: st.just({"path": synonyms(), "alpha": 0.5}),
     "template": lambda ground: st.just({"text": "{text} [MASK]", "verbalizer": {label: label for label in LABELS}}),
+    "uda": _some(temperature=(0.5,), threshold=(0.0, 0.26), annealing=("none", "linear")),
     "vat": _some(steps=(1, 2)),
     "verbalizer": _some(words=(2, 3)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),
@@ -180,18 +181,22 @@ PARAMETERS: dict[str, Parameters] = {
 }
 
 
+PARTNERS = {"episodes": "episodes", "augmentation": "eda", "cloze": "template"}
+"""What methods require of others, and the method that is added to provide it."""
+
+
+def partners(names: Sequence[str]) -> list[str]:
+    """The methods that these ones need beside them and lack."""
+    needs = {need for name in names for need in traits_of(name).requires}
+    have = {found for name in names for found in traits_of(name).provides}
+    return [partner for need, partner in PARTNERS.items() if need in needs - have and partner not in names]
+
+
 @functools.cache
 def traits_of(name: str) -> Traits:
     found = getattr(Catalogue().find(name).load(), "traits", Traits())
     assert isinstance(found, Traits)
     return found
-
-
-def companions(names: Sequence[str]) -> list[str]:
-    """What these methods need beside them: `episodes`, or a `template` to build on."""
-    needed = {need for name in names for need in traits_of(name).requires}
-    wanted = {"episodes": "episodes", "cloze": "template"}
-    return [method for need, method in wanted.items() if need in needed and method not in names]
 
 
 def without_words(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,8 +210,8 @@ def stacks(draw: st.DrawFn, least: int = 1) -> tuple[Ground, list[dict[str, Any]
     """A ground, `least` to 4 methods with parameters, and options of the `train` section."""
     ground = draw(st.sampled_from(GROUNDS))
     names = draw(st.lists(st.sampled_from(sorted(PARAMETERS)), min_size=least, max_size=4, unique=True))
-    # without these, methods that build on them would nearly always be refused
-    names += [name for name in companions(names) if draw(st.booleans())]
+    # Without these, methods that build on them would nearly always be refused.
+    names += [name for name in partners(names) if draw(st.booleans())]
     methods = without_words([{name: draw(PARAMETERS[name](ground))} for name in names])
     return ground, methods, {"accumulate": draw(st.sampled_from([1, 2])), "seed": draw(st.integers(0, 3))}
 

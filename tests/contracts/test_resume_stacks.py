@@ -21,6 +21,7 @@ CORE: dict[str, dict[str, Any]] = {
     "eda": {"methods": [{"eda": {"alpha": 0.2}}]},
 }
 MORE: dict[str, dict[str, Any]] = {
+    "uda+eda": {"methods": [{"eda": {"copies": 0}}, {"uda": {"annealing": "linear"}}], "unlabelled": True},
     "vat+fgm, accumulated": {"methods": ["vat", "fgm"], "accumulate": 2, "unlabelled": True},
     "gradual-unfreeze": {"methods": [{"gradual-unfreeze": {"steps": 2}}]},
     "lisa": {"methods": [{"lisa": {"layers": 1, "every": 1}}]},

@@ -114,3 +114,23 @@ def test_jensen_shannon_counts_scored_tokens_and_is_zero_for_equal_predictions()
     wanted = (kl_rows(p, mean, batch) + kl_rows(q, mean, batch)) / 2
     torch.testing.assert_close(js_rows([p, q], batch), wanted, rtol=1e-12, atol=0)
     assert abs(float(js_rows([p, p, p], batch))) < 1e-14
+
+
+@pytest.mark.parametrize("task", [SOFTMAX, BERNOULLI])
+def test_rows_that_do_not_count_add_nothing_and_have_no_gradient(task: object) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    counted, q = torch.tensor([True, False, False, True]), q.requires_grad_()
+    some = kl_rows(p, q, batch_of(p), task, counted=counted)
+    torch.testing.assert_close(some, kl(p[counted], q[counted], task))
+    (gradient,) = torch.autograd.grad(some, q)
+    assert not gradient[~counted].any() and gradient[counted].all()
+    assert float(kl_rows(p, q.detach(), batch_of(p), task, counted=torch.zeros(4))) == 0
+
+
+def test_rows_of_tokens_that_do_not_count_add_nothing() -> None:
+    batch = make_batch(4, kind="tokens")
+    p, q = (torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(i)).double() for i in (0, 1))
+    alone = [kl_rows(p, q, batch, counted=torch.arange(4) == row) for row in range(4)]
+    torch.testing.assert_close(sum(alone), kl_rows(p, q, batch))
+    assert len({round(float(value), 6) for value in alone}) == 4

@@ -113,6 +113,15 @@ class Spy(SimpleTask):
         return super().loss(ctx, batch, view)
 
 
+def unlabelled_parts(size: int = 4, length: int = 7) -> dict[str, Batch]:
+    """Unlabelled rows and their rewritten versions."""
+    made = {
+        "unlabelled": make_batch(size, length, seed=5, first_row=100),
+        "augmented": make_batch(size, length, seed=6, first_row=200),
+    }
+    return {name: replace(part, targets=None) for name, part in made.items()}
+
+
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """Some rows of a batch, padding cropped to the longest of them, counts and unlabelled part likewise."""
     length = int(batch.inputs["attention_mask"][start:stop].sum(1).max())
@@ -120,10 +129,11 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     def cut(x: Tensor) -> Tensor:
         return x[start:stop] if x.dim() == 1 else x[start:stop, :length]
 
-    targets = cut(batch.targets)
+    targets = None if batch.targets is None else cut(batch.targets)
     parts = {name: rows_of(part, start, stop) for name, part in batch.parts.items()}
-    counts = {"rows": stop - start, "all_rows": stop - start + sum(p.size for p in parts.values()), "episodes": 1}
-    counts["tokens"] = int((targets != -100).sum())
+    others = parts["unlabelled"].size if "unlabelled" in parts else 0
+    counts = {"rows": stop - start, "all_rows": stop - start + others, "unlabelled_rows": others, "episodes": 1}
+    counts["tokens"] = 0 if targets is None else int((targets != -100).sum())
     return replace(
         batch,
         inputs={k: cut(x) for k, x in batch.inputs.items()},
@@ -160,8 +170,7 @@ def gradients(stack: Stack, batches: Sequence[Batch], model: Any, **options: Any
 
 def check_accumulation(stack: Stack, **options: Any) -> None:
     """1 x 8 = 4 x 2 = 8 x 1 with dropout 0."""
-    unlabelled = make_batch(8, 9, seed=5, first_row=100)
-    whole = make_batch(8, 9, seed=1, parts={"unlabelled": unlabelled})
+    whole = make_batch(8, 9, seed=1, parts=unlabelled_parts(8, 9))
     whole = rows_of(whole, 0, 8)
     one = gradients(stack, [whole], bert(0.0), **options)
     for size in (2, 1):
@@ -171,7 +180,7 @@ def check_accumulation(stack: Stack, **options: Any) -> None:
 
 def check_padding(stack: Stack, **options: Any) -> None:
     """More padding changes nothing."""
-    batch = make_batch(parts={"unlabelled": make_batch(seed=5, first_row=100)})
+    batch = make_batch(parts=unlabelled_parts())
     narrow = gradients(stack, [batch], bert(0.0), **options)
     assert apart(gradients(stack, [padded(batch, 4)], bert(0.0), **options), narrow) < EXACT
 

@@ -71,7 +71,7 @@ def test_three_steps_equal_embeddings_put_in_by_hand(folders: dict[str, Path]) -
 def test_beside_a_soft_prompt_each_has_its_own_vectors(folders: dict[str, Path]) -> None:
     ready = Ready(Template(VERBALIZER, TEXT), folders["bert"], SoftTemplate(), PromptTuning(n=2))
     ids = [ready.run.soft_tokens.ids(name) for name in ("soft-template", "prompt-tuning")]
-    assert sorted(sum(ids, [])) == [-5, -4, -3, -2, -1]
+    assert sorted(ids[0] + ids[1]) == [-5, -4, -3, -2, -1]
     for row in ready.batch.inputs["input_ids"].tolist():
         assert [token for token in row if token < 0] == ids[1] + ids[0]
 

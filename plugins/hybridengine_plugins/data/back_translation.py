@@ -52,6 +52,7 @@ class BackTranslation:
     traits: ClassVar[Traits] = Traits(
         family="data",
         requires=("text",),
+        provides=("augmentation",),
         cost="two generations for each copy; (1 + copies) x the training rows per epoch",
         paper="Sennrich et al. 2016; Xie et al. 2020, arXiv:1904.12848",
         combines="classification of texts; eda, synonym, mask-infill; not token tags",
@@ -61,7 +62,7 @@ class BackTranslation:
         help="an encoder-decoder into the other language: a folder or a hub id", min_length=1, example="opus-mt-en-de"
     )
     back: str = parameter(help="one that leads back", min_length=1, example="opus-mt-de-en")
-    copies: int = parameter(1, "copies per row", ge=1)
+    copies: int = parameter(1, "copies per row; 0 where only `uda` or `self-training` needs them", ge=0)
     temperature: float = parameter(0.9, "above 1: freer translations, below: likelier ones", gt=0)
     top_k: int = parameter(50, "likeliest tokens that are drawn from", ge=1)
     prefix_there: str = parameter("", "text in front of each sentence on the way there")

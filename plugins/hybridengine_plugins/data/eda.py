@@ -41,13 +41,14 @@ class EDA:
     traits: ClassVar[Traits] = Traits(
         family="data",
         requires=("text",),
+        provides=("augmentation",),
         cost="(1 + copies) x the training rows per epoch",
         paper="Wei & Zou 2019",
         combines="classification of texts; not token tags (words move)",
     )
 
     alpha: float = parameter(0.1, "share of the words that is edited", ge=0, le=1)
-    copies: int = parameter(1, "edited copies per row", ge=1)
+    copies: int = parameter(1, "edited copies per row; 0 where only `uda` or `self-training` needs them", ge=0)
     synonyms: str | None = parameter(
         None, "file of synonyms: JSONL, PPDB, two columns, or WordNet's folder; see `synonym`"
     )

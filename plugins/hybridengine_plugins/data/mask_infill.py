@@ -63,6 +63,7 @@ class MaskInfill:
     traits: ClassVar[Traits] = Traits(
         family="data",
         requires=("text",),
+        provides=("augmentation",),
         cost="a forward pass of the masked model for each copy; (1 + copies) x the training rows per epoch",
         paper="Wu et al. 2019, arXiv:1812.06705",
         combines="classification of texts; eda, synonym, back-translation; not token tags",
@@ -70,7 +71,7 @@ class MaskInfill:
 
     model: str = parameter(help="a masked language model: a folder or a hub id", min_length=1, example="bert-base")
     alpha: float = parameter(0.15, "share of the words that is masked", ge=0, le=1)
-    copies: int = parameter(1, "copies per row", ge=1)
+    copies: int = parameter(1, "copies per row; 0 where only `uda` or `self-training` needs them", ge=0)
     top_k: int = parameter(10, "likeliest words that are drawn from", ge=1)
     temperature: float = parameter(1.0, "above 1: rarer words, below: likelier ones", gt=0)
     prepend_label: bool = parameter(False, "the model reads the label's name before the text; false: nothing")

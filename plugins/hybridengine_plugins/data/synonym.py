@@ -37,6 +37,7 @@ class Synonym:
     traits: ClassVar[Traits] = Traits(
         family="data",
         requires=("text",),
+        provides=("augmentation",),
         cost="(1 + copies) x the training rows per epoch",
         paper="Zhang et al. 2015, arXiv:1509.01626",
         combines="classification of texts; eda, mask-infill, back-translation; not token tags",
@@ -48,7 +49,7 @@ class Synonym:
         example="ppdb-2.0-s-lexical.gz",
     )
     alpha: float = parameter(0.1, "share of the words that is replaced", ge=0, le=1)
-    copies: int = parameter(1, "edited copies per row", ge=1)
+    copies: int = parameter(1, "edited copies per row; 0 where only `uda` or `self-training` needs them", ge=0)
     candidates: int = parameter(5, "best synonyms of a word that are drawn from", ge=1)
     decay: float = parameter(0.5, "how much less likely each next synonym is", gt=0, le=1)
 
