@@ -137,6 +137,7 @@ PARAMETERS: dict[str, Parameters] = {
     "smart": _some(steps=(1, 2), proximal=(0.5, 0.0)),
     "supcon": _some(weight=(0.5,), temperature=(0.3,), pool=("mean", "first")),
     "swa": _some(start=(0,), every=(1, 2)),
+    "tavat": _some(steps=(2, 1), init=(0.3, 0.5), start=(0, 1)),
     "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),
