@@ -31,9 +31,9 @@ class TAVAT:
         eta_i <- c_i (eta_i + step_size g_i / ||g_i||_i),          c_i = ||eta_i||_i / max_j ||eta_j||_j
         V[w] <- mean of eta at all places of w in the step         after the last pass, of all micro-batches
 
-    Before each pass delta and eta are shrunk by one factor so that ||delta + eta|| <= epsilon. The places of a word that
-    stands twice are averaged (the published code adds them to what the table held, and takes its norm over the batch).
-    The table is kept in checkpoints. All passes share one dropout mask.
+    Before each pass delta and eta are shrunk by one factor so that ||delta + eta|| <= epsilon. A word's places are
+    averaged (the published code adds them to what the table held, and takes its norm over the batch). The table is kept
+    in checkpoints. All passes share one dropout mask.
 
     Hooks: `wrap_backward`, `wrap_step`. Defaults: the published 2 steps of 0.1, epsilon 0.4, init 0.3.
     """
