@@ -231,13 +231,18 @@ class Context(Gradients):
         step_size: float,
         epsilon: float | None = None,
         norm: Literal["l2", "linf"] = "l2",
+        per: Literal["sequence", "token"] = "sequence",
     ) -> dict[str, Tensor]:
-        """One masked ascent step with projection; norms are per sequence, joint over sites (kernel `perturb`)."""
+        """One masked ascent step with projection (kernel `perturb`).
+
+        Norms are those of each sequence, joint over sites, or of each token by itself.
+        """
         named = zip(delta, gradient, strict=True)
         grads = {site: torch.zeros_like(delta[site]) if g is None else g for site, g in named}
         masks = {site: self.mask(batch, site) for site in delta}
         detached = {site: d.detach() for site, d in delta.items()}
-        return dict(kernels.perturb_step(detached, grads, masks, step_size=step_size, epsilon=epsilon, norm=norm))
+        sizes: dict[str, Any] = {"step_size": step_size, "epsilon": epsilon}
+        return dict(kernels.perturb_step(detached, grads, masks, **sizes, norm=norm, per=per))
 
     # ---- randomness, sharing, effects --------------------------------------------------------------------------
 

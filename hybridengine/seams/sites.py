@@ -24,11 +24,12 @@ __all__ = ["Site", "Sites"]
 
 @dataclass(frozen=True)
 class Site:
-    """One embedding call: the model input it reads, its width D, and its output's dtype."""
+    """One embedding call: the model input it reads, its width D, its output's dtype, and how many ids it knows."""
 
     input: str
     width: int
     dtype: torch.dtype
+    tokens: int
 
 
 class Sites:
@@ -72,10 +73,10 @@ class Sites:
         return forward
 
     def _find(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-        seen: list[tuple[str, Tensor, Tensor]] = []
+        seen: list[tuple[str, int, Tensor, Tensor]] = []
 
-        def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen.append((name, args[0].clone(), output))
+        def record(name: str, module: nn.Embedding, args: tuple[Any, ...], output: Tensor) -> None:
+            seen.append((name, module.num_embeddings, args[0].clone(), output))
 
         handles = [
             module.register_forward_hook(functools.partial(record, name))
@@ -90,12 +91,13 @@ class Sites:
             model.train(training)
             for handle in handles:
                 handle.remove()
-        for name, ids, output in seen:
+        for name, tokens, ids, output in seen:
             matches = [k for k, v in inputs.items() if k.endswith("input_ids") and torch.equal(v, ids)]
             if matches:
                 nth = self._calls_per_module.get(name, 0)
                 self._calls_per_module[name] = nth + 1
-                self.table[_site_name(name, nth)] = Site(matches[0], int(output.shape[-1]), output.dtype)
+                site = Site(matches[0], int(output.shape[-1]), output.dtype, tokens)
+                self.table[_site_name(name, nth)] = site
 
     def _moved(self, name: str, output: Tensor) -> Tensor:
         """The output of this call of module `name`, with its delta added."""

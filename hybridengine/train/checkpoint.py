@@ -112,6 +112,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(out, path)
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors that a run goes on with, in torch's own memory.
+
+    In that of the file they need not be aligned, and a matrix product with an unaligned factor may round otherwise.
+    """
+    return {name: value.clone() for name, value in load_file(path).items()}
+
+
 def _buffers(run: Run) -> dict[str, Tensor]:
     """Persistent buffers of the model, and everything of the run modules that is neither optimised nor static."""
     found = {k: v for k, v in run.model.state_dict(keep_vars=True).items() if not isinstance(v, nn.Parameter)}
@@ -155,7 +163,7 @@ def _write_optimizer(folder: Path, optimizer: Any) -> None:
 def _read_optimizer(folder: Path, optimizer: Any) -> None:
     saved = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
-    for name, value in {**load_file(folder / "optimizer.safetensors"), **saved["plain"]}.items():
+    for name, value in {**_read_tensors(folder / "optimizer.safetensors"), **saved["plain"]}.items():
         index, _, key = name.partition("/")
         state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
@@ -181,7 +189,7 @@ def _read_states(folder: Path, run: Run) -> None:
     run.states.clear()
     for method in saved["methods"]:
         run.state(method)
-    for name, value in {**load_file(folder / "states.safetensors"), **saved["plain"]}.items():
+    for name, value in {**_read_tensors(folder / "states.safetensors"), **saved["plain"]}.items():
         method, _, key = name.partition("/")
         run.state(method)[key] = value.to(run.device) if isinstance(value, Tensor) else value
 

@@ -10,6 +10,7 @@ FGM = "plugins/hybridengine_plugins/adversarial/fgm.py"
 FREELB = "plugins/hybridengine_plugins/adversarial/freelb.py"
 PGD = "plugins/hybridengine_plugins/adversarial/pgd.py"
 SMART = "plugins/hybridengine_plugins/adversarial/smart.py"
+TAVAT = "plugins/hybridengine_plugins/adversarial/tavat.py"
 VAT = "plugins/hybridengine_plugins/adversarial/vat.py"
 SAM = "plugins/hybridengine_plugins/adversarial/sam.py"
 RDROP = "plugins/hybridengine_plugins/regularize/rdrop.py"
@@ -42,10 +43,9 @@ MUTATIONS = (
     Mutation(
         "batch-wide norm",
         CONTEXT,
-        "        return dict(kernels.perturb_step(detached, grads, masks, "
-        "step_size=step_size, epsilon=epsilon, norm=norm))",
+        "        return dict(kernels.perturb_step(detached, grads, masks, **sizes, norm=norm, per=per))",
         "        one = [{s: x.flatten(0, 1)[None] for s, x in part.items()} for part in (detached, grads, masks)]\n"
-        "        moved = kernels.perturb_step(*one, step_size=step_size, epsilon=epsilon, norm=norm)\n"
+        "        moved = kernels.perturb_step(*one, **sizes, norm=norm)\n"
         "        return {s: x.view_as(detached[s]) for s, x in moved.items()}",
         "tests/plugins/test_fgm.py::test_each_sequence_moves_by_epsilon",
     ),
@@ -157,6 +157,20 @@ MUTATIONS = (
         "clean.detach()",
         "clean",
         "tests/plugins/test_vat.py::test_matches_the_paper[1.0-1.0-0.3-1]",
+    ),
+    Mutation(
+        "a word's perturbations pile up",
+        TAVAT,
+        "table[words[seen]] = sums[seen] / counts[seen].unsqueeze(-1)",
+        "table[words[seen]] += sums[seen]",
+        "tests/plugins/test_tavat.py::test_the_table_does_not_grow_with_how_often_a_word_stands",
+    ),
+    Mutation(
+        "tokens of tavat step by the norm of their sequence",
+        TAVAT,
+        'step_size=self.step_size, per="token"',
+        "step_size=self.step_size",
+        "tests/plugins/test_tavat.py::test_matches_the_paper[2-0.1-0.4-0.3]",
     ),
     Mutation(
         "one norm for all tokens of a sequence",

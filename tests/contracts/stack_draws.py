@@ -173,6 +173,8 @@ PARAMETERS: dict[str, Parameters] = {
     "synonym": lambda ground: st.just({"path": synonyms(), "alpha": 0.5}),
     "template": lambda ground: st.just({"text": "{text} [MASK]", "verbalizer": {label: label for label in LABELS}}),
     "uda": _some(temperature=(0.5,), threshold=(0.0, 0.26), annealing=("none", "linear")),
+    "tavat": _some(steps=(2, 1), init=(0.3, 0.5), start=(0, 1)),
+    "template": lambda ground: st.just({"verbalizer": {label: label for label in LABELS}}),
     "vat": _some(steps=(1, 2)),
     "verbalizer": _some(words=(2, 3)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),

@@ -42,6 +42,8 @@ MORE: dict[str, dict[str, Any]] = {
         "methods": [{"maml-plus-plus": {"inner_steps": 2, "multi_step": 3, "first_order_steps": 2}}, EPISODES]
     },
     "prototypical": {"methods": ["prototypical", EPISODES], "accumulate": 2},
+    "tavat": {"methods": ["tavat"], "accumulate": 2},
+    "smart": {"methods": [{"smart": {"decay": 0.9}}], "accumulate": 2},
     "workers": {"methods": ["fgm"], "workers": 2, "accumulate": 2},
     "cosine+llrd+weight-decay": {"methods": ["cosine", "llrd", "weight-decay", "label-smoothing"]},
     "pgd+class-weights": {"methods": ["pgd", "class-weights"]},
