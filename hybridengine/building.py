@@ -199,8 +199,11 @@ def _refuse_checkpointed_sites(run: Run) -> None:
 
 
 def _check_capabilities(run: Run, hooks: Hooks) -> None:
-    """What only the loaded model can tell: whether it really has dropout and embedding sites."""
-    have = capabilities_of(None, run.model)
+    """What only the loaded model can tell: whether it really has dropout and embedding sites.
+
+    Dropout that a method brings need not be a module: Llama's rates are numbers, and whole layers may be dropped.
+    """
+    have = capabilities_of(None, run.model).union(*(method.provides for method in hooks.methods))
     if not run.sites or not run.sites.table:
         have.discard("embeddings")
     problems = []

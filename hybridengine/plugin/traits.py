@@ -38,6 +38,8 @@ class Traits:
         provides: capabilities that it adds; `added_modules` means modules inside the model that its class lacks, so
             that `best/` holds the trained parameters alone and no stage can start from it.
         conflicts: other methods or capabilities it cannot run with, each with the reason and a way out.
+        stackable: False where one random draw serves a whole forward pass: two views stacked into one would share it,
+            so each view then runs apart.
         ignores_inner: seams whose inner layers it never calls; methods inside would silently do nothing.
         effect: the reported effect that must be non-zero while active; None opts out.
         kind: `method`, `task` (named under `task`) or `data` (named under `data.use`).
@@ -55,6 +57,7 @@ class Traits:
     requires: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
     conflicts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stackable: bool = True
     ignores_inner: tuple[str, ...] = ()
     effect: str | None = None
     cost: str = "no extra passes"

@@ -28,7 +28,12 @@ class OutputsWithLogits(Protocol):
 
 
 def compose(run: Run, hooks: Hooks, *, stack_views: bool = True, report: Callable[..., None] | None = None) -> Context:
-    """The context of a run: each seam's base case wrapped by the methods, once."""
+    """The context of a run: each seam's base case wrapped by the methods, once.
+
+    Args:
+        stack_views: several views of a batch may run as one forward pass; a method that is not `stackable` forbids it.
+    """
+    stack_views = stack_views and all(method.traits.stackable for method in hooks.methods)
     ctx = Context(run, stack_views=stack_views, report=report)
     losses = hooks.layers("wrap_loss", Out)
     leaf_layers = [layer for method, layer in losses if method.order < Band.TERM]

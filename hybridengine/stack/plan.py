@@ -88,8 +88,7 @@ def make_plan(
     hooks.notify("on_run_start", run)
     run.freeze_parameter_sets()
     run.optimizer = torch.optim.SGD(run.may_optimise.values(), lr=0.0)
-    stacked = stack_views_for(config)
-    ctx = compose(run, hooks, stack_views=stacked)
+    ctx = compose(run, hooks, stack_views=stack_views_for(config))
     sampler = training_sampler(run, hooks, [f["length"] for f in features["train"]])
     assembler = Assembler(run, features)
     phases, rows = [], 0
@@ -102,7 +101,9 @@ def make_plan(
         ctx.step(ctx, make_works(run.seed, start, batches))
         phases.append(_phase(start, copies, ctx.trace.events, rows))
     members = [_member(m) for m in hooks.methods]
-    plan = Plan(_layers(hooks), phases, rows, stacked, total_steps, members, ctx.trace.features, ctx.trace.logits)
+    plan = Plan(
+        _layers(hooks), phases, rows, ctx.stack_views, total_steps, members, ctx.trace.features, ctx.trace.logits
+    )
     plan.splits = {k: {"rows": split["rows"], "labels": split["labels"]} for k, split in (splits or {}).items()}
     plan.kernels = [row._asdict() for row in kernels.explain()]
     return plan
@@ -120,7 +121,7 @@ def training_sampler(run: Run, hooks: Hooks, lengths: Sequence[int]) -> Sampler:
 
 
 def stack_views_for(config: Config) -> bool:
-    """Whether several views of one batch run as one stacked forward: a function of the configuration alone.
+    """Whether several views of one batch may run as one stacked forward: a function of the configuration alone.
 
     Stacking has the same FLOPs with half the launches and larger matrix products, but twice the activations.
     """

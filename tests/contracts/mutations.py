@@ -321,6 +321,27 @@ MUTATIONS = (
         "tests/plugins/test_lisa.py::test_eight_steps_match_the_paper[drop]",
     ),
     Mutation(
+        "layers are dropped in evaluation",
+        "plugins/hybridengine_plugins/regularize/layer_drop.py",
+        "dropped = layer.training and self._draw()",
+        "dropped = self._draw()",
+        "tests/plugins/test_layer_drop.py::test_evaluation_uses_every_layer",
+    ),
+    Mutation(
+        "stacked views share their layers",
+        "plugins/hybridengine_plugins/regularize/layer_drop.py",
+        "stackable=False,",
+        "stackable=True,",
+        "tests/plugins/test_layer_drop.py::test_two_views_are_never_stacked_into_one_draw",
+    ),
+    Mutation(
+        "a dropped layer of T5 hands on no position bias",
+        "plugins/hybridengine_plugins/regularize/layer_drop.py",
+        "            more = not isinstance(output, Tensor)\n",
+        "            more = False\n",
+        "tests/plugins/test_layer_drop.py::test_t5_hands_its_position_bias_on[dropped0]",
+    ),
+    Mutation(
         "focal loss of the wrong answers",
         "plugins/hybridengine_plugins/regularize/focal.py",
         "(-torch.expm1(log_p)).clamp_min",

@@ -24,6 +24,7 @@ MORE: dict[str, dict[str, Any]] = {
     "uda+eda": {"methods": [{"eda": {"copies": 0}}, {"uda": {"annealing": "linear"}}], "unlabelled": True},
     "vat+fgm, accumulated": {"methods": ["vat", "fgm"], "accumulate": 2, "unlabelled": True},
     "gradual-unfreeze": {"methods": [{"gradual-unfreeze": {"steps": 2}}]},
+    "layer-drop+rdrop": {"methods": [{"layer-drop": {"p": 0.5}}, "rdrop"]},
     "lisa": {"methods": [{"lisa": {"layers": 1, "every": 1}}]},
     "lora+rdrop": {"methods": [{"lora": {"r": 2, "dropout": 0.1}}, "rdrop"]},
     "masked-language-modeling": {"methods": [], "task": "masked-language-modeling"},

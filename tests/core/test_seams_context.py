@@ -86,6 +86,17 @@ def test_only_views_with_distinct_keys_and_the_same_params_are_stacked() -> None
     assert passes(bench_of(stack_views=False), [one, two]) == "F4 F4"
 
 
+@dataclass(eq=False)
+class OneDraw:
+    """Draws once for each forward pass."""
+
+    traits = Traits(stackable=False)
+
+
+def test_a_method_that_draws_once_a_pass_makes_views_run_apart() -> None:
+    assert passes(bench_of(OneDraw(), stack_views=True), [View(key=1), View(key=2)]) == "F4 F4"
+
+
 def test_stacked_and_looped_views_agree_without_dropout_and_carry_their_own_delta() -> None:
     stacked, looped = bench_of(), bench_of(stack_views=False)
     zero = stacked.ctx.zeros(make_batch())

@@ -82,3 +82,20 @@ def test_it_gives_rdrop_something_to_compare_or_says_that_it_takes_it_away():
     Stack.methods = [*Stack.methods, as_method(LoRA(dropout=0.1))]
     assert Dropout(p=0.0).check_stack(Stack()) == []
     assert Dropout(p=0.0, modules=["classifier*"]).check_stack(Stack()) == []
+
+
+def test_rdrop_trains_on_a_model_whose_rates_are_numbers(tmp_path):
+    """Llama has no dropout module that the loaded model could be asked for."""
+    from hybridengine import Engine
+    from hybridengine.testing import tiny_checkpoint
+
+    rows = [{"text": f"a {label} movie {i}", "label": label} for i in range(8) for label in ("bad", "good")]
+    config = {
+        "task": "text-classification",
+        "model": {"name": str(tiny_checkpoint(tmp_path / "llama", "llama"))},
+        "data": {"train": rows, "validation": rows[:4]},
+        "train": {"max_steps": 2, "batch_size": 4, "precision": "fp32"},
+        "methods": [{"dropout": {"p": 0.3}}, "rdrop"],
+        "output": str(tmp_path / "run"),
+    }
+    assert Engine(config).train()["methods"]["rdrop"]["kl"]["mean"] > 0
