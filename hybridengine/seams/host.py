@@ -11,6 +11,7 @@ from torch import nn
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.sites import Sites
+from hybridengine.seams.task import Row
 
 __all__ = ["Host"]
 
@@ -29,6 +30,7 @@ class Host(Protocol):
     first_position: FirstPosition | None
     lazy_head: nn.Module | None
     task: Any
+    cloze: Any
     optimizer: Any
     scheduler: Any
     clip: float | None
@@ -39,3 +41,4 @@ class Host(Protocol):
     def state(self, name: str) -> dict[str, Any]: ...
     def module(self, name: str) -> nn.Module: ...
     def places(self, rows: Sequence[int]) -> list[str]: ...
+    def rows_of(self, ids: Sequence[int]) -> list[Row]: ...

@@ -1,6 +1,7 @@
 """Text to tensors: tokenising, padding, templates with masks."""
 
 from hybridengine.text.cloze import Cloze
+from hybridengine.text.hiding import hide_tokens
 from hybridengine.text.pieces import pieces_of, solved
 from hybridengine.text.prompting import batch_of, rewritten, some_rows, survey
 from hybridengine.text.similarity import WordSimilarity
@@ -33,6 +34,7 @@ __all__ = [
     "batch_of",
     "blocks",
     "head_patterns",
+    "hide_tokens",
     "padded",
     "padded_inputs",
     "pieces_of",

@@ -141,6 +141,7 @@ PARAMETERS: dict[str, Parameters] = {
     "muon": _some(momentum=(0.9,)),
     "neftune": _some(alpha=(0.3,)),
     "peft": _some(kind=("OFT", "LoHa", "HRA"), options=({},)),
+    "pet": _some(patterns=(["a {text} was [MASK]"],), combine=("accuracy", "uniform")),
     "pgd": _some(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),
     "poly": _some(epsilon=(1.0, -0.5)),
     "prototypical": _some(metric=("euclidean", "cosine"), pooling=("mean", "first")),
