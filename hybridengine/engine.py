@@ -28,7 +28,7 @@ from hybridengine.folder import RunFolder, resolved
 from hybridengine.model.loading import load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.plugin.stacking import StackView
-from hybridengine.predictor import Predictor
+from hybridengine.predictor import Predictor, answering
 from hybridengine.report import write_report
 from hybridengine.stack import EffectLog, Plan, as_method, check_stack, compose, make_plan, resolve
 from hybridengine.stack.plan import training_sampler
@@ -84,7 +84,7 @@ class Engine:
             self.config.objects = [{m.name: m.described} for m in map(as_method, methods)]
             self._hooks = self._resolved.hooks()
             self._stages = stage_configs(self.config, self._source, methods)
-            self._run = initial_run(self.config)
+            self._run = answering(initial_run(self.config))
             check_trackers(self.config.log.to)
         self._plan: Plan | None = None
 

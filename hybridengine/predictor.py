@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from hybridengine.batches import Assembler, in_order
 from hybridengine.building import build_model, features_of, initial_run, prepare_data
 from hybridengine.config import load_config, read_source
 from hybridengine.data.checks import row_problem
 from hybridengine.data.rows import TARGET_ROLES, Split
-from hybridengine.errors import DataError, OutputError
+from hybridengine.errors import ConfigError, DataError, ModelError, OutputError
 from hybridengine.evaluate.evaluator import Evaluator
 from hybridengine.model.loading import load_model_config, load_tokenizer
 from hybridengine.plugin.catalogue import Catalogue
 from hybridengine.run import Run
-from hybridengine.seams import Feature
+from hybridengine.seams import Batch, Draw, Feature, Prediction, Row
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.types import View
 from hybridengine.stack import compose, evaluation, resolve
 from hybridengine.train.adapters import needs_base
 from hybridengine.train.best import load_best
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "answering"]
 
 
 class Predictor:
@@ -111,20 +114,32 @@ class Predictor:
         rows = self._rows(_listed(texts))
         if not rows:
             return []
+        records: list[dict[str, Any]] = [{}] * len(rows)
+        for draw, batch, prediction in self._predictions(rows, batch_size):
+            made = self.run.task.records(self.run, batch, prediction, [rows[i] for i in draw.rows])
+            for position, record in zip(draw.rows, made, strict=True):
+                records[position] = record
+        return records
+
+    def log_probabilities(self, rows: Sequence[Row], batch_size: int = 64) -> Tensor:
+        """Of each class for each row, `[B, C]`; columns are named by the task's roles, and labels are not read."""
+        rows = [{role: value for role, value in row.items() if role not in TARGET_ROLES} for row in rows]
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        for draw, _, prediction in self._predictions(rows, batch_size):
+            assert prediction.scores is not None
+            for position, scores in zip(draw.rows, prediction.scores, strict=True):
+                found[position] = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        return torch.stack(found)
+
+    def _predictions(self, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[Draw, Batch, Prediction]]:
         run = self.run
-        split = Split("test", rows, "input")
-        run.splits = {"test": split}
+        run.splits = {"test": Split("test", rows, "input")}
         features = features_of(run, self._hooks, rows)
         assembler = Assembler(run, {"test": features})
-        records: list[dict[str, Any]] = [{}] * len(rows)
         with evaluation(self._ctx, self._hooks, stored=True):
             for draw in in_order([f["length"] for f in features], batch_size)(0):
                 batch = assembler.batch("test", draw, 0).to(run.device)
-                prediction = self._ctx.predict(self._ctx, batch, View(key=0))
-                made = run.task.records(run, batch, prediction, [rows[i] for i in draw.rows])
-                for position, record in zip(draw.rows, made, strict=True):
-                    records[position] = record
-        return records
+                yield draw, batch, self._ctx.predict(self._ctx, batch, View(key=0))
 
     def evaluate(self) -> dict[str, Any]:
         """Metrics on the validation and test rows.
@@ -168,6 +183,39 @@ class Predictor:
                 raise DataError(f"input:{index + 1}: {problem}")
             rows.append(row)
         return rows
+
+
+def answering(run: Run) -> Run:
+    """The same run, which can ask finished ones (`run.load_answers`)."""
+    run.load_answers = lambda name: _answers(name, run.labels)
+    return run
+
+
+def _answers(name: str, labels: Sequence[str]) -> Callable[[Sequence[Row]], Tensor] | None:
+    """The class log-probabilities that a finished run gives rows, where it writes them in its own way (a template).
+
+    None for any other model: it understands the inputs of the run that asks.
+
+    Raises:
+        ModelError: the run was trained for other labels than those.
+    """
+    folder = _last_stage(Path(name))
+    if not (folder / "config.yaml").is_file() or not (folder / "best").is_dir():
+        return None
+    config, source = load_config(read_source(folder / "config.yaml").values)
+    try:
+        hooks = resolve(config, source, Catalogue()).hooks()
+    except ConfigError:  # it was made with method objects of Python, which are not here
+        return None
+    if not hooks.implementations("build_features"):
+        return None
+    finished = Predictor(folder)
+    if finished.run.labels != list(labels):
+        raise ModelError(
+            f"{name} cannot teach: its labels are {finished.run.labels[:8]}, this run's are {list(labels)[:8]}, in"
+            " order; give a run that was trained with these labels"
+        )
+    return finished.log_probabilities
 
 
 def _listed(texts: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.sites import Sites
 from hybridengine.seams.soft_tokens import SoftTokens
+from hybridengine.seams.task import Row
 
 __all__ = ["Host"]
 
@@ -32,6 +33,7 @@ class Host(Protocol):
     first_position: FirstPosition | None
     lazy_head: nn.Module | None
     task: Any
+    cloze: Any
     optimizer: Any
     scheduler: Any
     clip: float | None
@@ -42,3 +44,4 @@ class Host(Protocol):
     def state(self, name: str) -> dict[str, Any]: ...
     def module(self, name: str) -> nn.Module: ...
     def places(self, rows: Sequence[int]) -> list[str]: ...
+    def rows_of(self, ids: Sequence[int]) -> list[Row]: ...

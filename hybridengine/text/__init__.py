@@ -2,6 +2,7 @@
 
 from hybridengine.text.augmentation import Rewrite, add_copies, rewrite_unlabelled
 from hybridengine.text.cloze import Cloze
+from hybridengine.text.hiding import hide_tokens
 from hybridengine.text.label_words import AtMask, LabelWords, Verbalizer
 from hybridengine.text.pieces import pieces_of, solved
 from hybridengine.text.prompting import batch_of, rewritten, some_rows, survey
@@ -45,6 +46,7 @@ __all__ = [
     "cased_like",
     "edits",
     "head_patterns",
+    "hide_tokens",
     "insert_tokens",
     "longest_input",
     "padded",

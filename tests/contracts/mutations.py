@@ -559,6 +559,27 @@ MUTATIONS = (
         "tests/plugins/test_demonstrations.py::test_the_choice_follows_seed_text_and_step_alone",
     ),
     Mutation(
+        "hidden words on top of the whole loss",
+        "plugins/hybridengine_plugins/prompts/pet.py",
+        "((1 - self.mlm_weight) * term, unit)",
+        "(term, unit)",
+        "tests/plugins/test_pet.py::test_three_steps_match_the_paper[0.3-False]",
+    ),
+    Mutation(
+        "one pattern for all rows of a batch",
+        "plugins/hybridengine_plugins/prompts/pet.py",
+        "for u in chance]",
+        "for u in chance[:1] * len(chance)]",
+        "tests/plugins/test_pet.py::test_patterns_are_drawn_by_seed_step_and_row",
+    ),
+    Mutation(
+        "unlabelled rows that count in the mean of labelled ones",
+        DISTILL,
+        'self.temperature**2 * kl, "all_rows")',
+        'self.temperature**2 * kl, "rows")',
+        "tests/plugins/test_distill.py::test_unlabelled_rows_are_learned_from",
+    ),
+    Mutation(
         "hidden states that nobody was asked for",
         "hybridengine/seams/context.py",
         "features = features or (self._features and model is None)",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import checkpoint_bits, run_bits, run_config, train_stopping_after
+from tiny_runs import LABELS, checkpoint, checkpoint_bits, run_bits, run_config, train_stopping_after
 
 from hybridengine.engine import Engine
 
@@ -20,6 +20,8 @@ CORE: dict[str, dict[str, Any]] = {
     "rdrop": {"methods": ["rdrop"]},
     "eda": {"methods": [{"eda": {"alpha": 0.2}}]},
 }
+TEMPLATE = {"template": {"text": "{text} [MASK]", "verbalizer": {label: label for label in LABELS}}}
+PET = {"pet": {"patterns": ["a {text} was [MASK]"], "mlm_weight": 0.1}}
 MORE: dict[str, dict[str, Any]] = {
     "uda+eda": {"methods": [{"eda": {"copies": 0}}, {"uda": {"annealing": "linear"}}], "unlabelled": True},
     "vat+fgm, accumulated": {"methods": ["vat", "fgm"], "accumulate": 2, "unlabelled": True},
@@ -47,12 +49,21 @@ MORE: dict[str, dict[str, Any]] = {
     "smart": {"methods": [{"smart": {"decay": 0.9}}], "accumulate": 2},
     "workers": {"methods": ["fgm"], "workers": 2, "accumulate": 2},
     "cosine+llrd+weight-decay": {"methods": ["cosine", "llrd", "weight-decay", "label-smoothing"]},
+    "pet, accumulated": {"methods": [TEMPLATE, PET], "accumulate": 2, "unlabelled": True, "masked": True},
+    "demonstrations+soft-verbalizer+calibration": {
+        "methods": [TEMPLATE, {"demonstrations": {"share": 0.8, "contexts": 2}}, "soft-verbalizer", "calibration"],
+        "masked": True,
+    },
+    "verbalizer+rdrop": {"methods": [{"template": {"text": "{text} [MASK]"}}, "verbalizer", "rdrop"], "masked": True},
     "pgd+class-weights": {"methods": ["pgd", "class-weights"]},
 }
 
 
 def config_of(stack: dict[str, Any], output: Path) -> dict[str, Any]:
     options = {"max_steps": 4, "save_every": 2, "evaluate_every": 2, "keep": 9, **stack}
+    if options.pop("masked", False):
+        dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+        options["model"] = checkpoint("bert", "AutoModelForMaskedLM", **dropout)
     return run_config(output=output, **options)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from plain import (
     EXACT,
+    LR,
     Plain,
     apart,
     bert,
@@ -15,14 +18,15 @@ from plain import (
     check_loss_scale,
     check_padding,
     gradients,
+    key,
     kl,
     match,
 )
 from torch import Tensor
 
 from hybridengine.errors import ModelError
-from hybridengine.plugin import Run
-from hybridengine.seams import Batch
+from hybridengine.plugin import Run, Split
+from hybridengine.seams import Batch, Row, mix
 from hybridengine.seams.trace import cost_of
 from hybridengine.testing import make_batch, set_up, tiny_bert
 from hybridengine_plugins.adversarial.freelb import FreeLB
@@ -101,6 +105,58 @@ def test_the_teacher_runs_once_per_batch_and_sees_clean_inputs() -> None:
         assert torch.equal(seen[0], model(**batch.inputs).logits)
     bench.step([make_batch(seed=1)])
     assert len(seen) == 3  # ours, and one for each step
+
+
+def test_unlabelled_rows_are_learned_from(alpha: float = 0.7, temperature: float = 2.0) -> None:
+    """The same divergence, averaged over all rows; cross-entropy over the labelled ones."""
+    fixed = Plain(teacher())
+    fixed.model.eval()
+
+    def with_part(seed: int) -> Batch:
+        part = make_batch(6, seed=seed + 50, first_row=100)
+        whole = make_batch(seed=seed, parts={"unlabelled": part})
+        return replace(whole, counts={**whole.counts, "all_rows": 10})
+
+    bench = set_up([Distill("teacher", alpha, temperature)], bert(), with_part(0), lr=LR, prepare=taught_by())
+    plain = Plain(bert())
+    for step in range(3):
+        batch = with_part(step)
+        bench.step([batch])
+        student = plain.logits(batch, key(step))
+        other = plain.logits(batch.parts["unlabelled"], mix(key(step), "unlabelled"))
+        with torch.no_grad():
+            soft = fixed.logits(batch, 0), fixed.logits(batch.parts["unlabelled"], 0)
+        pairs = zip(soft, (student, other), strict=True)
+        total = sum(len(p) * kl(p / temperature, q / temperature) for p, q in pairs)
+        ce = torch.nn.functional.cross_entropy(student, batch.targets)
+        plain.descend(plain.gradient((1 - alpha) * ce + alpha * temperature**2 * total / 10))
+        assert apart(bench.parameters(), {k: p.detach() for k, p in plain.parameters.items()}) < EXACT, step
+    assert bench.ctx.trace.text() == "F4 f4 F6 f6 B S"
+
+
+def test_a_finished_run_is_asked_once_for_each_row() -> None:
+    """Where it writes rows in its own way, it answers for rows, not for this run's inputs."""
+    asked: list[str] = []
+    told = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]]).double().log()
+
+    def answer(rows: Sequence[Row]) -> Tensor:
+        asked.extend(row["text"] for row in rows)
+        return told[[int(row["text"]) for row in rows]]
+
+    def prepare(run: Run) -> None:
+        run.splits = {"train": Split("train", [{"text": str(i)} for i in range(4)])}
+        run.load_answers = lambda name: answer
+
+    batch = make_batch()
+    with torch.no_grad():
+        expected = 4 * kl(told / 2, Plain(bert(0.0)).logits(batch, 0) / 2)
+    for others in ([], [SAM(), FreeLB()]):
+        asked.clear()
+        bench = set_up([Distill("run", alpha=1.0), *others], bert(0.0), batch, prepare=prepare)
+        terms = [bench.step([batch]), bench.step([batch])]
+        assert asked == ["0", "1", "2", "3"] and "teacher" not in bench.run.modules
+        if not others:
+            torch.testing.assert_close(terms[1]["distill"], expected, rtol=EXACT, atol=EXACT)
 
 
 def test_cost() -> None:

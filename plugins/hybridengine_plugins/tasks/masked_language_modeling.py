@@ -16,6 +16,7 @@ from hybridengine.seams import Batch, Context, Feature, Out, Prediction, RandomR
 from hybridengine.text import (
     IGNORED,
     head_patterns,
+    hide_tokens,
     padded_inputs,
     set_pad_token,
     to_side,
@@ -113,25 +114,16 @@ class MaskedLanguageModeling:
         attention, ordinary = inputs["attention_mask"], masks["perturbable"]["input_ids"] == 1
         draws = random("mask", rows).uniform(attention.shape[1], 3)
         draws = to_side(draws, attention.sum(1), run.tokenizer.padding_side)
-        rank = draws[..., 0].masked_fill(~ordinary, 2.0)
-        # The lowest draw is among the chosen whenever any is; it alone is chosen in rows that would have none.
-        chosen = ordinary & ((rank < self.share) | (rank == rank.min(1, keepdim=True).values))
+        options = {"share": self.share, "masked": self.masked, "replaced": self.replaced}
+        hidden, chosen = hide_tokens(run.tokenizer, inputs["input_ids"], ordinary, draws, **options)
         targets = inputs["input_ids"].masked_fill(~chosen, IGNORED)
-        inputs["input_ids"] = self._hidden(run.tokenizer, inputs["input_ids"], chosen, draws)
+        inputs["input_ids"] = hidden
         size = len(features)
         counts = {"rows": size, "all_rows": size, "episodes": 1, "tokens": int(chosen.sum())}
         # An attack must not move what was hidden: the mask token carries no word.
         movable = masks["perturbable"]["input_ids"] * (inputs["input_ids"] != run.tokenizer.mask_token_id)
         masks = {**masks, "perturbable": {"input_ids": movable}, "scored": {"input_ids": chosen.long()}}
         return Batch(inputs, targets, tuple(rows), masks, counts)
-
-    def _hidden(self, tokenizer: Any, ids: Tensor, chosen: Tensor, draws: Tensor) -> Tensor:
-        special = torch.tensor(tokenizer.all_special_ids)
-        other = (draws[..., 2] * len(tokenizer)).long().clamp_max(len(tokenizer) - 1)
-        other = torch.where(torch.isin(other, special), tokenizer.mask_token_id, other)
-        as_mask = chosen & (draws[..., 1] < self.masked)
-        as_other = chosen & ~as_mask & (draws[..., 1] < self.masked + self.replaced)
-        return torch.where(as_mask, tokenizer.mask_token_id, torch.where(as_other, other, ids))
 
     def loss(self, ctx: Context, batch: Batch, view: View) -> Out:
         """Cross-entropy summed over hidden tokens."""
