@@ -19,7 +19,7 @@ from hybridengine.testing import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.yaml"))
-MASKED = ("demonstrations", "found-words", "pet", "related-words", "soft-words", "template-few-shot")
+MASKED = ("demonstrations", "soft-template", "found-words", "pet", "related-words", "soft-words", "template-few-shot")
 ARCHITECTURES = {"summarization": "t5", **dict.fromkeys(MASKED, "masked")}
 NEEDS = {"distill": "full", "pet-distill": "pet"}  # examples that start from another one's run
 
