@@ -136,6 +136,7 @@ PARAMETERS: dict[str, Parameters] = {
     "rslora": _some(r=(2,), dropout=(0.0, 0.1)),
     "sam": _some(rho=(0.05,)),
     "schedule-free": _some(warmup=(0.0, 1)),
+    "self-training": _some(threshold=(None, 0.2), balance=(True, False)),
     "sgd": _some(momentum=(0.0, 0.9)),
     "supcon": _some(weight=(0.5,), temperature=(0.3,), pool=("mean", "first")),
     "swa": _some(start=(0,), every=(1, 2)),

@@ -22,6 +22,11 @@ CORE: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "uda+eda": {"methods": [{"eda": {"copies": 0}}, {"uda": {"annealing": "linear"}}], "unlabelled": True},
+    "self-training+eda, accumulated": {
+        "methods": [{"eda": {"copies": 1}}, {"self-training": {"memory": 0.5, "start": 1}}],
+        "accumulate": 2,
+        "unlabelled": True,
+    },
     "vat+fgm, accumulated": {"methods": ["vat", "fgm"], "accumulate": 2, "unlabelled": True},
     "gradual-unfreeze": {"methods": [{"gradual-unfreeze": {"steps": 2}}]},
     "lora+rdrop": {"methods": [{"lora": {"r": 2, "dropout": 0.1}}, "rdrop"]},
