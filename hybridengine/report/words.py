@@ -46,6 +46,10 @@ EFFECTS = {
     "tensors": "parameter tensors touched",
     "trainable": "parameter tensors being trained",
     "trainable_share": "share of the parameters being trained",
+    "sure": "share of the unlabelled texts of which the model was sure enough",
+    "labelled": "share of the unlabelled texts that the model labelled itself",
+    "confidence": "how sure the model was of its likeliest label for unlabelled texts",
+    "dropped": "share of the labels of which the model was too sure to count",
     "changed": "share of the texts that it changed",
 }
 

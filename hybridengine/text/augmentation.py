@@ -67,7 +67,8 @@ def add_copies(
 def rewrite_unlabelled(run: Run, splits: Mapping[str, Split], asking: str) -> dict[str, Split]:
     """Add the split `augmented`: every unlabelled row as the methods before this one rewrite it, each in turn.
 
-    Its row i is row i of `unlabelled`, and batches get both as parts, at the same positions.
+    Its row i is row i of `unlabelled`, and batches get both as parts, at the same positions. Where the split
+    is there already, it stays.
 
     Args:
         asking: name of the method that asks, in errors.
@@ -75,6 +76,8 @@ def rewrite_unlabelled(run: Run, splits: Mapping[str, Split], asking: str) -> di
     Raises:
         StackError: no method before it rewrites texts.
     """
+    if "augmented" in splits:
+        return dict(splits)
     if not run.rewrites:
         raise StackError(
             f"{asking} needs texts that another method rewrites before it; add eda, synonym, mask-infill or"

@@ -463,6 +463,27 @@ MUTATIONS = (
         "tests/core/test_batches.py::test_unlabelled_rows_come_in_turn_and_their_versions_at_the_same_places",
     ),
     Mutation(
+        "self-training forgets instead of remembering",
+        "plugins/hybridengine_plugins/data/self_training.py",
+        "torch.lerp(q.mean(0), mean, self.memory)",
+        "torch.lerp(mean, q.mean(0), self.memory)",
+        "tests/plugins/test_self_training.py::test_matches_the_papers[0.42-True-True]",
+    ),
+    Mutation(
+        "self-training learns the text it labelled",
+        "plugins/hybridengine_plugins/data/self_training.py",
+        'batch.parts.get("augmented", part)',
+        "part",
+        "tests/plugins/test_self_training.py::test_matches_the_papers[None-True-True]",
+    ),
+    Mutation(
+        "predictions of the step before counted again",
+        "plugins/hybridengine_plugins/data/self_training.py",
+        "        self._seen.clear()\n        terms",
+        "        terms",
+        "tests/plugins/test_self_training.py::test_matches_the_papers[0.42-True-False]",
+    ),
+    Mutation(
         "few-shot chooses the same rows of every split",
         "plugins/hybridengine_plugins/data/few_shot.py",
         '"few-shot", split.name, name)',

@@ -162,6 +162,7 @@ PARAMETERS: dict[str, Parameters] = {
     "rslora": _some(r=(2,), dropout=(0.0, 0.1)),
     "sam": _some(rho=(0.05,)),
     "schedule-free": _some(warmup=(0.0, 1)),
+    "self-training": _some(threshold=(None, 0.2), balance=(True, False)),
     "sgd": _some(momentum=(0.0, 0.9)),
     "soft-verbalizer": _some(ratio=(1.0, 10.0)),
     "smart": _some(steps=(1, 2), proximal=(0.5, 0.0)),

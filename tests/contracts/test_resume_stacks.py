@@ -24,6 +24,11 @@ TEMPLATE = {"template": {"text": "{text} [MASK]", "verbalizer": {label: label fo
 PET = {"pet": {"patterns": ["a {text} was [MASK]"], "mlm_weight": 0.1}}
 MORE: dict[str, dict[str, Any]] = {
     "uda+eda": {"methods": [{"eda": {"copies": 0}}, {"uda": {"annealing": "linear"}}], "unlabelled": True},
+    "self-training+eda, accumulated": {
+        "methods": [{"eda": {"copies": 1}}, {"self-training": {"memory": 0.5, "start": 1}}],
+        "accumulate": 2,
+        "unlabelled": True,
+    },
     "vat+fgm, accumulated": {"methods": ["vat", "fgm"], "accumulate": 2, "unlabelled": True},
     "gradual-unfreeze": {"methods": [{"gradual-unfreeze": {"steps": 2}}]},
     "layer-drop+rdrop": {"methods": [{"layer-drop": {"p": 0.5}}, "rdrop"]},

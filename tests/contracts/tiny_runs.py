@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hybridengine.data.rows import TARGET_ROLES
 from hybridengine.engine import Engine
 from hybridengine.errors import Stopped
 from hybridengine.testing import tiny_checkpoint
@@ -85,10 +86,11 @@ def run_config(
 ) -> dict[str, Any]:
     """A configuration of a few steps; keyword arguments go to its `train` section."""
     name = task if isinstance(task, str) else next(iter(task))
-    rows = _ROWS.get(name, text_rows)()
+    make = _ROWS.get(name, text_rows)
+    rows = make()
     splits: dict[str, Any] = {"train": rows[:36], "validation": rows[36:]}
     if unlabelled:
-        splits["unlabelled"] = [{"text": row["text"]} for row in text_rows(12)]
+        splits["unlabelled"] = [{k: v for k, v in row.items() if k not in TARGET_ROLES} for row in make(12)]
     defaults = {"max_steps": 4, "batch_size": 4, "lr": 5e-3, "precision": "fp32", "device": "cpu", "max_length": 24}
     return {
         "task": task,
