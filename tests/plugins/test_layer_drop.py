@@ -148,6 +148,23 @@ def test_recomputed_layers_are_those_of_the_pass():
     assert apart(recomputed, plain) < EXACT
 
 
+@pytest.mark.parametrize("second_order", [False, True])
+def test_where_all_that_trains_was_left_out_the_gradient_is_zero(second_order):
+    batch = make_batch(kind="seq2seq")
+    method = LayerDrop(p=0.5)
+    bench = set_up([LoRA(r=2), method], tiny_t5(), batch, lr=0.1, task=SimpleTask("tokens"))
+    method._draw = lambda: True
+    before = bench.parameters()
+    bench.step([batch])
+    assert all(torch.equal(p, before[k]) for k, p in bench.parameters().items())
+    assert all(float(p.grad.abs().max()) == 0 for p in bench.run.may_optimise.values())
+    if second_order:  # in an inner loop the leaves are the view's
+        params = {k: p.detach().requires_grad_() for k, p in bench.run.adapted().items()}
+        (value, _), *_ = bench.ctx.task_loss(batch, View(params=params, key=0)).terms.values()
+        (gradient, *_) = bench.ctx.grad(value, list(params.values()), create_graph=True)
+        assert float(gradient.abs().max()) == 0
+
+
 def test_the_shortcut_through_the_last_layer_stands_aside():
     """It would compute that layer whether dropped or not. Modules inside the layer it runs as they are."""
     for methods, found in (([], True), ([Adapter(size=2)], True), ([LayerDrop(p=0.5)], False)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hybridengine.errors import ModelError
 from hybridengine.model import layer_stacks
-from hybridengine.plugin import Run, StackView, Traits, hook, parameter
-from hybridengine.seams import Context, Work, override_forward
+from hybridengine.plugin import Band, Run, StackView, Traits, hook, parameter
+from hybridengine.seams import Batch, Context, Out, View, Work, override_forward, wide
 
 __all__ = ["LayerDrop"]
 
@@ -32,14 +32,14 @@ class LayerDrop:
     it to a model that was trained with LayerDrop before, or distil into it.
 
     Paper: Fan, Grave, Joulin 2020, "Reducing Transformer Depth on Demand with Structured Dropout".
-    Hooks: `check_stack`, `transform_model`, `wrap_step`. Cost: 1 − p of a plain step; T5, whose layers hand on a
-    position bias, computes a dropped layer but not its gradient. Combines with everything; it is dropout enough for
-    `rdrop`.
+    Hooks: `check_stack`, `transform_model`, `wrap_loss`, `wrap_step`. Cost: 1 − p of a plain step; T5, whose layers
+    hand on a position bias, computes a dropped layer but not its gradient. Combines with everything; it is dropout
+    enough for `rdrop`.
     """
 
     traits: ClassVar[Traits] = Traits(
         family="regularize",
-        order=-10,  # before adapters, which are put into the layers that are kept
+        order=Band.LEAF + 5,  # around the leaf loss, whichever it is, and inside everything else
         stackable=False,
         effect="at_stake",
         cost="1 - p of a plain step",
@@ -114,6 +114,16 @@ class LayerDrop:
         self._draws += 1
         self._dropped += dropped
         return dropped
+
+    @hook
+    def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
+        """Where all that trains stands in layers that were left out, the gradient is zero and not missing."""
+        out = inner(ctx, batch, view)
+        if not torch.is_grad_enabled() or any(value.requires_grad for value, _ in out.terms.values()):
+            return out
+        leaves = ctx.run.optimised().values() if view.params is None else view.params.values()
+        zero = torch.stack([0.0 * wide(leaf.flatten()[0]) for leaf in leaves]).sum()
+        return replace(out, terms={name: (value + zero, unit) for name, (value, unit) in out.terms.items()})
 
     @hook
     def wrap_step(
