@@ -31,6 +31,7 @@ class Gradients:
         self._overflows: list[Tensor] = []
         """Whether an inner loop's gradient left fp16's range at a finite loss: later losses are then not finite."""
         self._inner_steps = 0
+        self._ticking = True
 
     # ---- gradients --------------------------------------------------------------------------------------------
 
@@ -194,10 +195,19 @@ class Gradients:
             clip = run.clip
             self._update(grads, (min(1.0, clip / max(norm, 1e-12)) if clip else 1.0) / scale)
         run.loss_scale.update(finite)
-        if run.scheduler is not None:
+        if run.scheduler is not None and self._ticking:
             with contextlib.nullcontext() if finite else _tick_without_update():
                 run.scheduler.step()
         return norm
+
+    @contextlib.contextmanager
+    def holding_schedule(self, when: bool = True) -> Iterator[None]:
+        """Updates inside are not the step's last: the schedule counts steps of the run, and ticks at the last one."""
+        before, self._ticking = self._ticking, self._ticking and not when
+        try:
+            yield
+        finally:
+            self._ticking = before
 
     def _update(self, grads: list[Tensor], factor: float) -> None:
         """Step the optimizer on the gradients times `factor`."""

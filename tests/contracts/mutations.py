@@ -10,6 +10,7 @@ FGM = "plugins/hybridengine_plugins/adversarial/fgm.py"
 FREELB = "plugins/hybridengine_plugins/adversarial/freelb.py"
 PGD = "plugins/hybridengine_plugins/adversarial/pgd.py"
 SMART = "plugins/hybridengine_plugins/adversarial/smart.py"
+FREEAT = "plugins/hybridengine_plugins/adversarial/freeat.py"
 TAVAT = "plugins/hybridengine_plugins/adversarial/tavat.py"
 VAT = "plugins/hybridengine_plugins/adversarial/vat.py"
 SAM = "plugins/hybridengine_plugins/adversarial/sam.py"
@@ -157,6 +158,20 @@ MUTATIONS = (
         "clean.detach()",
         "clean",
         "tests/plugins/test_vat.py::test_matches_the_paper[1.0-1.0-0.3-1]",
+    ),
+    Mutation(
+        "every replay ticks the schedule",
+        FREEAT,
+        "with ctx.holding_schedule(not last):",
+        "with ctx.holding_schedule(False):",
+        "tests/plugins/test_freeat.py::test_the_schedule_ticks_once_a_step",
+    ),
+    Mutation(
+        "replays of a clean input",
+        FREEAT,
+        "deltas = [self._ascend(ctx, work, own) for work, own in zip(works, leaves, strict=True)]",
+        "deltas = [ctx.zeros(work.batch) for work in works]",
+        "tests/plugins/test_freeat.py::test_matches_the_paper[3-0.1-None-l2]",
     ),
     Mutation(
         "a word's perturbations pile up",

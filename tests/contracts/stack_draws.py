@@ -124,6 +124,7 @@ PARAMETERS: dict[str, Parameters] = {
     "fgsm": _some(epsilon=(0.01, 0.05)),
     "focal": _some(gamma=(1.0, 2.0)),
     "fomaml": _some(inner_steps=(1, 2), inner_loss=("task", "full")),
+    "freeat": _some(steps=(2, 3), epsilon=(None, 0.15), norm=("l2", "linf"), start=(0, 1)),
     "freelb": _some(steps=(2, 3), init=(0.0, 0.5), epsilon=(None, 0.3), norm=("l2", "linf")),
     "freeze": _some(layers=(0, 1)),
     "full": _some(),

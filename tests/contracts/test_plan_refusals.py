@@ -37,6 +37,16 @@ REFUSED: dict[str, Refused] = {
         {},
         ("'reptile'", "'fgm'", "silently do nothing", "remove 'fgm' or 'reptile'"),
     ),
+    "replays at two places": (
+        ["freeat", "awp"],
+        {},
+        ("freeat", "awp", "sum of both gradients", "remove one of the two"),
+    ),
+    "replays of rows that nobody evaluates": (
+        ["freeat", "reptile", EPISODES],
+        {},
+        ("freeat", "reptile", "delta would stay 0", "remove one of the two"),
+    ),
     "rdrop on a model without dropout": (
         ["rdrop"],
         {"model": "llama"},

@@ -317,3 +317,17 @@ def test_the_step_minimises_the_weighted_sum() -> None:
     for (name, _), g in zip(bench.run.optimised().items(), wanted, strict=True):
         if g is not None:
             torch.testing.assert_close(gradient[name], g)
+
+
+def test_a_held_schedule_ticks_at_the_last_update_alone() -> None:
+    bench = set_up([], tiny_bert(num_labels=3), make_batch(), lr=1.0)
+    run, ctx = bench.run, bench.ctx
+    run.scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 1, gamma=0.5)
+    with ctx.holding_schedule():
+        with ctx.holding_schedule(False):  # an inner last one is not the outer's
+            bench.step([make_batch()])
+        bench.step([make_batch()])
+    assert run.scheduler.get_last_lr() == [1.0]
+    with ctx.holding_schedule(False):
+        bench.step([make_batch()])
+    assert run.scheduler.get_last_lr() == [0.5]
