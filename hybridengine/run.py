@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridengine.config import Config
 from hybridengine.data.rows import Split, row_places
 from hybridengine.errors import ModelError
+from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.inner import InnerUpdate
 from hybridengine.seams.precision import LossScale, Precision
@@ -54,6 +55,8 @@ class Run:
         config: the validated configuration.
         model: the model whose parameters are tuned; `forward_model` is the same, compiled when asked for.
         tokenizer: its tokenizer.
+        probe: inputs of two rows, of the shape to come, with which a method may trace the adapted model.
+        backbone: what lies below the head, where a method found it.
         task: the task object.
         splits: rows by split name.
         labels: label names in id order, where the task has labels.
@@ -84,7 +87,9 @@ class Run:
         self.splits: dict[str, Split] = {}
         self.labels: list[str] = []
         self.sites: Sites | None = None
+        self.probe: Mapping[str, Tensor] = {}
         self.first_position: FirstPosition | None = None
+        self.backbone: Backbone | None = None
         self.lazy_head: nn.Module | None = None
         self.optimizer: Any = None
         self.scheduler: Any = None

@@ -118,7 +118,12 @@ class Context(Gradients):
                 "functional parameters cannot be used with gradient checkpointing: the recomputation would see the"
                 " base weights; set `train.checkpointing: false`"
             )
-        if self.trace.recording:  # asked here too: what it would record takes microseconds of every pass
+        below, owner = self.run.backbone, (batch.inputs, view.delta, view.params)
+        if below is not None and not (below.keeps and model is None):
+            below = None
+        if below is not None:
+            target = own  # what is kept lies in no compiled graph
+        if self.trace.recording and not (below and below.holds(*owner)):  # a record takes microseconds of every pass
             self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
         self.trace.features |= features
         inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
@@ -130,7 +135,8 @@ class Context(Gradients):
                 kernels.fast_forward() if self._is_fast(target, batch) else _NOTHING,
                 self._shortcut(target, features),
                 self._lazily(target),
-                self.sites.armed(view.delta) if view.delta else _NOTHING,
+                self.sites.armed(view.delta) if view.delta and not (below and below.holds(*owner)) else _NOTHING,
+                below.armed(*owner) if below else _NOTHING,
                 self.run.precision.autocast(device),
             ):
                 if view.params is None:
@@ -239,6 +245,23 @@ class Context(Gradients):
             yield
         finally:
             self._features = before
+
+    @contextlib.contextmanager
+    def heads_alone(self, change: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+        """Evaluations inside of one batch, at one delta and one set of parameters, share a pass below the head.
+
+        The first one makes it, under its dropout key; the others run the head alone, under theirs.
+
+        Args:
+            change: what each head gets in place of the states below, e.g. dropout of its own.
+
+        Raises:
+            SeamError: `run.backbone` is not set.
+        """
+        if self.run.backbone is None:
+            raise SeamError("the head of this model is not known apart; set `run.backbone` to `Backbone.find(...)`")
+        with self.run.backbone.kept(change):
+            yield
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:

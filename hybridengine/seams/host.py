@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.sites import Sites
@@ -27,6 +28,7 @@ class Host(Protocol):
     step: int
     sites: Sites | None
     first_position: FirstPosition | None
+    backbone: Backbone | None
     lazy_head: nn.Module | None
     task: Any
     optimizer: Any

@@ -179,7 +179,8 @@ def set_up(
     methods = [as_method(plugin) for plugin in plugins]
     hooks = Hooks(methods)
     run.model = run.forward_model = hooks.transform("transform_model", run, model.train())
-    run.sites = Sites(run.model, batch.inputs)
+    run.probe = batch.inputs
+    run.sites = Sites(run.model, run.probe)
     hooks.notify("on_run_start", run)
     run.freeze_parameter_sets()
     run.optimizer = torch.optim.SGD(list(run.may_optimise.values()), lr=lr)
