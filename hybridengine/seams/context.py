@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from hybridengine import kernels
 from hybridengine.errors import SeamError
+from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.gradients import Gradients
 from hybridengine.seams.host import Host
 from hybridengine.seams.randomness import KeyedRows, dropout_key
@@ -118,12 +119,9 @@ class Context(Gradients):
                 "functional parameters cannot be used with gradient checkpointing: the recomputation would see the"
                 " base weights; set `train.checkpointing: false`"
             )
-        below, owner = self.run.backbone, (batch.inputs, view.delta, view.params)
-        if below is not None and not (below.keeps and model is None):
-            below = None
-        if below is not None:
-            target = own  # what is kept lies in no compiled graph
-        if self.trace.recording and not (below and below.holds(*owner)):  # a record takes microseconds of every pass
+        below, held = self._below(batch, view, model)
+        target = own if below else target  # what is kept lies in no compiled graph
+        if self.trace.recording and not held:  # a record takes microseconds of every pass
             self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
         self.trace.features |= features
         inputs = dict(batch.inputs, output_hidden_states=True) if features else dict(batch.inputs)
@@ -135,8 +133,8 @@ class Context(Gradients):
                 kernels.fast_forward() if self._is_fast(target, batch) else _NOTHING,
                 self._shortcut(target, features),
                 self._lazily(target),
-                self.sites.armed(view.delta) if view.delta and not (below and below.holds(*owner)) else _NOTHING,
-                below.armed(*owner) if below else _NOTHING,
+                self.sites.armed(view.delta) if view.delta and not held else _NOTHING,
+                below.armed(batch.inputs, view.delta, view.params) if below else _NOTHING,
                 self.run.precision.autocast(device),
             ):
                 if view.params is None:
@@ -153,6 +151,13 @@ class Context(Gradients):
             states = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
             hidden = states[-1]
         return Out({}, outputs.logits, hidden, view)
+
+    def _below(self, batch: Batch, view: View, model: nn.Module | None) -> tuple[Backbone | None, bool]:
+        """What lies below the head, inside `heads_alone`, and whether this pass needs none of it."""
+        below = self.run.backbone
+        if below is None or not below.keeps or model is not None:
+            return None, False
+        return below, below.holds(batch.inputs, view.delta, view.params)
 
     def _shortcut(self, target: nn.Module, features: bool) -> contextlib.AbstractContextManager[None]:
         """Training passes compute the last layer where it is read; evaluation stays as `best/` will be, to the bit."""
@@ -199,16 +204,8 @@ class Context(Gradients):
 
         A delta made of them changes embeddings as it likes: `-x * cut` blanks positions, `(1 - share) * (y - x)` mixes.
         """
-        model, found, given = self.run.model, {}, view.params or {}
-        names = {id(p): name for name, p in model.named_parameters()} if given else {}
-        for name, site in self.sites.table.items():
-            if site.input in batch.inputs:
-                module = model.get_submodule(name.partition("#")[0])
-                own = {key: names.get(id(p), "") for key, p in module.named_parameters()}
-                params = {key: given[known] for key, known in own.items() if known in given}
-                x: Tensor = functional_call(module, params, (batch.inputs[site.input],))
-                found[name] = x + view.delta[name].to(x.dtype) if name in view.delta else x
-        return found
+        found = self.sites.read(self.run.model, batch.inputs, view.params or {})
+        return {k: x + view.delta[k].to(x.dtype) if k in view.delta else x for k, x in found.items()}
 
     def mask(self, batch: Batch, site: str) -> Tensor:
         """The perturbable positions `[B, L]` of a site: real tokens, neither special nor template."""
