@@ -150,9 +150,9 @@ def adapt_model(run: Run, hooks: Hooks, *, features: bool, logits: bool) -> None
         logits: a method of the stack reads logits, so that a language model's must be computed in full.
     """
     run.model = hooks.transform("transform_model", run, run.model, expect=nn.Module).to(run.device)
-    probe = _probe_batch(run)
+    run.probe = _probe_batch(run)
     try:
-        run.sites = Sites(run.model, probe)
+        run.sites = Sites(run.model, run.probe)
     except HybridEngineError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
@@ -168,7 +168,7 @@ def adapt_model(run: Run, hooks: Hooks, *, features: bool, logits: bool) -> None
     _check_capabilities(run, hooks)
     train = run.config.train
     if not (features or train.compile or train.checkpointing):
-        run.first_position = FirstPosition.find(run.model, probe)
+        run.first_position = FirstPosition.find(run.model, run.probe)
         if run.first_position is not None:
             run.say("the model reads its last layer at the first position only; training computes it only there")
     if not (logits or train.compile):

@@ -84,7 +84,8 @@ class Predictor:
         if adapter:
             run.model = self._hooks.transform("transform_model", run, run.model)
         run.model.to(run.device)
-        run.sites = Sites(run.model, self._probe(run))
+        run.probe = self._probe(run)
+        run.sites = Sites(run.model, run.probe)
         self._hooks.notify("on_run_start", run)
         load_best(run, best)
         run.forward_model = run.model

@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import functools
 from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from hybridengine.config import Config
 from hybridengine.data.rows import Split, row_places, rows_of
 from hybridengine.errors import ModelError
+from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.inner import InnerUpdate
 from hybridengine.seams.precision import LossScale, Precision
@@ -61,6 +63,8 @@ class Run:
         config: the validated configuration.
         model: the model whose parameters are tuned; `forward_model` is the same, compiled when asked for.
         tokenizer: its tokenizer.
+        probe: inputs of two rows, of the shape to come, with which a method may trace the adapted model.
+        backbone: what lies below the head, where a method found it.
         task: the task object.
         splits: rows by split name.
         labels: label names in id order, where the task has labels.
@@ -96,7 +100,9 @@ class Run:
         self.cloze: Any = None
         self.rewrites: dict[str, Callable[..., Sequence[str]]] = {}
         self.sites: Sites | None = None
+        self.probe: Mapping[str, Tensor] = {}
         self.first_position: FirstPosition | None = None
+        self.backbone: Backbone | None = None
         self.lazy_head: nn.Module | None = None
         self.optimizer: Any = None
         self.scheduler: Any = None

@@ -1,5 +1,6 @@
 """The seams: the values that travel through them, the onion, and `ctx`."""
 
+from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import js_rows, kl_rows, sequence_norms
 from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at, queries_of, support_of
@@ -14,6 +15,7 @@ from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
 from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, add_terms, weighted_sum
 
 __all__ = [
+    "Backbone",
     "Batch",
     "Context",
     "Draw",

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from hybridengine import kernels
 from hybridengine.errors import SeamError
+from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.gradients import Gradients
 from hybridengine.seams.host import Host
 from hybridengine.seams.randomness import KeyedRows, dropout_key
@@ -119,7 +120,9 @@ class Context(Gradients):
                 "functional parameters cannot be used with gradient checkpointing: the recomputation would see the"
                 " base weights; set `train.checkpointing: false`"
             )
-        if self.trace.recording:  # asked here too: what it would record takes microseconds of every pass
+        below, held = self._below(batch, view, model)
+        target = own if below else target  # what is kept lies in no compiled graph
+        if self.trace.recording and not held:  # a record takes microseconds of every pass
             self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
         self.trace.features |= features
         inputs: dict[str, Any] = dict(batch.inputs)
@@ -136,7 +139,8 @@ class Context(Gradients):
                 kernels.fast_forward() if self._is_fast(target, batch) else _NOTHING,
                 self._shortcut(target, features),
                 self._lazily(target),
-                self.sites.armed(view.delta) if view.delta else _NOTHING,
+                self.sites.armed(view.delta) if view.delta and not held else _NOTHING,
+                below.armed(batch.inputs, view.delta, view.params) if below else _NOTHING,
                 self.run.precision.autocast(device),
             ):
                 if view.params is None:
@@ -161,6 +165,12 @@ class Context(Gradients):
 
     def _knows_no_soft_tokens(self, model: nn.Module) -> bool:
         return len(self.run.soft_tokens) > 0 and self.run.sites is not None and not self.run.sites.reach(model)
+    def _below(self, batch: Batch, view: View, model: nn.Module | None) -> tuple[Backbone | None, bool]:
+        """What lies below the head, inside `heads_alone`, and whether this pass needs none of it."""
+        below = self.run.backbone
+        if below is None or not below.keeps or model is not None:
+            return None, False
+        return below, below.holds(batch.inputs, view.delta, view.params)
 
     def _shortcut(self, target: nn.Module, features: bool) -> contextlib.AbstractContextManager[None]:
         """Training passes compute the last layer where it is read; evaluation stays as `best/` will be, to the bit."""
@@ -207,16 +217,8 @@ class Context(Gradients):
 
         A delta made of them changes embeddings as it likes: `-x * cut` blanks positions, `(1 - share) * (y - x)` mixes.
         """
-        model, found, given = self.run.model, {}, view.params or {}
-        names = {id(p): name for name, p in model.named_parameters()} if given else {}
-        for name, site in self.sites.table.items():
-            if site.input in batch.inputs:
-                module = model.get_submodule(name.partition("#")[0])
-                own = {key: names.get(id(p), "") for key, p in module.named_parameters()}
-                params = {key: given[known] for key, known in own.items() if known in given}
-                x: Tensor = functional_call(module, params, (batch.inputs[site.input],))
-                found[name] = x + view.delta[name].to(x.dtype) if name in view.delta else x
-        return found
+        found = self.sites.read(self.run.model, batch.inputs, view.params or {})
+        return {k: x + view.delta[k].to(x.dtype) if k in view.delta else x for k, x in found.items()}
 
     def mask(self, batch: Batch, site: str) -> Tensor:
         """The perturbable positions `[B, L]` of a site: real tokens, neither special nor template."""
@@ -258,6 +260,23 @@ class Context(Gradients):
             yield
         finally:
             self._features = before
+
+    @contextlib.contextmanager
+    def heads_alone(self, change: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+        """Evaluations inside of one batch, at one delta and one set of parameters, share a pass below the head.
+
+        The first one makes it, under its dropout key; the others run the head alone, under theirs.
+
+        Args:
+            change: what each head gets in place of the states below, e.g. dropout of its own.
+
+        Raises:
+            SeamError: `run.backbone` is not set.
+        """
+        if self.run.backbone is None:
+            raise SeamError("the head of this model is not known apart; set `run.backbone` to `Backbone.find(...)`")
+        with self.run.backbone.kept(change):
+            yield
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:

@@ -118,7 +118,8 @@ def _last_layer(model: nn.Module) -> tuple[nn.Module, Short] | None:
         return None
     name, layer, short = known[0]
     above = (module for other, module in modules.items() if f"{name}.".startswith(f"{other}." if other else ""))
-    if "forward" in vars(layer) or any(module._forward_hooks for module in (layer, *above)):
+    changed = "forward" in vars(layer) or getattr(layer, "is_overridden", False)
+    if changed or any(module._forward_hooks for module in (layer, *above)):
         return None
     return layer, short
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.first_position import FirstPosition
 from hybridengine.seams.precision import LossScale, Precision
 from hybridengine.seams.sites import Sites
@@ -31,6 +32,7 @@ class Host(Protocol):
     soft_tokens: SoftTokens
     value: Callable[[str, Tensor], Tensor]
     first_position: FirstPosition | None
+    backbone: Backbone | None
     lazy_head: nn.Module | None
     task: Any
     cloze: Any

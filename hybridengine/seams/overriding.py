@@ -24,6 +24,8 @@ def override_forward(module: nn.Module, wrap: Callable[[Forward], Forward]) -> N
     attribute = vars(module).get("forward")
     if attribute is None:
         own = type(module)
-        module.__class__ = type(own.__name__, (own,), {"forward": wrap(own.forward)})
+        # transformers knows classes by module and name, and by them what their hidden states are.
+        names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "is_overridden": True}
+        module.__class__ = type(own.__name__, (own,), {**names, "forward": wrap(own.forward)})
     else:  # accelerate, and whoever compiles a part, put a forward on the module itself: it comes before the class's
         module.forward = MethodType(wrap(lambda _module, *args, **options: attribute(*args, **options)), module)

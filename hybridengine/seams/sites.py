@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hybridengine.errors import SeamError
 from hybridengine.seams.overriding import override_forward
@@ -98,6 +99,22 @@ class Sites:
                 self._calls_per_module[name] = nth + 1
                 site = Site(matches[0], int(output.shape[-1]), output.dtype, tokens)
                 self.table[_site_name(name, nth)] = site
+
+    def read(self, model: nn.Module, inputs: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What every site of `model` that `inputs` feed looks up, `[B, L, D]` with its graph.
+
+        Args:
+            params: functional parameters of the model by name, in place of its own.
+        """
+        names = {id(p): name for name, p in model.named_parameters()} if params else {}
+        found = {}
+        for name, site in self.table.items():
+            if site.input in inputs:
+                module = model.get_submodule(name.partition("#")[0])
+                own = {key: names.get(id(p), "") for key, p in module.named_parameters()}
+                given = {key: params[known] for key, known in own.items() if known in params}
+                found[name] = functional_call(module, given, (inputs[site.input],))
+        return found
 
     def _moved(self, name: str, output: Tensor) -> Tensor:
         """The output of this call of module `name`, with its delta added."""

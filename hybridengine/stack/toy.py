@@ -28,20 +28,32 @@ UNLABELLED = ("unlabelled", "augmented")
 _LENGTH, _VOCABULARY, _WIDTH = 5, 64, 8
 
 
+class ToyBackbone(nn.Module):
+    """Embedding and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_VOCABULARY, _WIDTH)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        """`[B, L]` ids to `[B, L, D]` states."""
+        return SimpleNamespace(last_hidden_state=self.dropout(torch.tanh(self.embedding(input_ids))))
+
+
 class ToyModel(nn.Module):
     """Embedding, dropout, mean, linear head: enough for every seam, small enough to cost nothing."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(_VOCABULARY, _WIDTH)
-        self.dropout = nn.Dropout(0.1)
+        self.base_model = ToyBackbone()
         self.classifier = nn.Linear(_WIDTH, classes)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
     ) -> SimpleNamespace:
         """`[B, L]` ids to `[B, C]` logits."""
-        hidden = self.dropout(torch.tanh(self.embedding(input_ids)))
+        hidden = self.base_model(input_ids).last_hidden_state
         return SimpleNamespace(logits=self.classifier(hidden.mean(1)), hidden_states=(hidden,))
 
 
@@ -95,7 +107,8 @@ def toy_run(config: Config, classes: int, per_class: int) -> tuple[Run, dict[str
     ]
     features: dict[str, list[Feature]] = {name: made for name in run.splits}
     ids = torch.zeros(2, _LENGTH, dtype=torch.long)
-    run.sites = Sites(run.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    run.probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    run.sites = Sites(run.model, run.probe)
     run.lazy_head = run.model.classifier  # so that the trace sees who reads logits
     run.load_model = lambda name: run.copy_of_model()
     return run, features

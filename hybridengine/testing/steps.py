@@ -182,7 +182,8 @@ def set_up(
     hooks = Hooks(methods)
     run.attach(hooks)
     run.model = run.forward_model = hooks.transform("transform_model", run, model.train())
-    run.sites = Sites(run.model, batch.inputs)
+    run.probe = batch.inputs
+    run.sites = Sites(run.model, run.probe)
     hooks.notify("on_run_start", run)
     run.freeze_parameter_sets()
     run.optimizer = torch.optim.SGD(list(run.may_optimise.values()), lr=lr)

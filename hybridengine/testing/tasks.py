@@ -88,7 +88,8 @@ def set_up_task(
     run.attach(hooks)
     run.model = run.forward_model = hooks.transform("transform_model", run, task.configure(run, model.eval()))
     bench = TaskBench(run, compose(run, hooks))
-    run.sites = Sites(run.model, bench.batch(list(rows[:2])).inputs)
+    run.probe = bench.batch(list(rows[:2])).inputs
+    run.sites = Sites(run.model, run.probe)
     hooks.notify("on_run_start", run)
     run.freeze_parameter_sets()
     return bench

@@ -637,6 +637,20 @@ MUTATIONS = (
         "tests/plugins/test_mixout.py::test_each_weight_is_the_pretrained_one_or_goes_further_and_the_mean_stays",
     ),
     Mutation(
+        "an encoder pass for every head",
+        "hybridengine/seams/backbone.py",
+        "if self._kept is None:",
+        "if self.keeps:",
+        "tests/plugins/test_multi_sample_dropout.py::test_the_encoder_runs_once_and_the_head_as_often_as_asked",
+    ),
+    Mutation(
+        "one dropout mask for all samples",
+        "plugins/hybridengine_plugins/regularize/multi_sample_dropout.py",
+        'view.fork("sample", k)',
+        "view",
+        "tests/plugins/test_multi_sample_dropout.py::test_three_steps_match_the_paper[2-0.5]",
+    ),
+    Mutation(
         "padding of one text mixed into another",
         "plugins/hybridengine_plugins/regularize/mixup.py",
         "(1 - part) * (x * real)[partner]",

@@ -150,6 +150,7 @@ PARAMETERS: dict[str, Parameters] = {
     "meta-sgd": _some(inner_steps=(1, 2), first_order=(False, True)),
     "mixout": _some(p=(0.5, 0.8)),
     "mixup": _some(alpha=(0.4, 2.0)),
+    "multi-sample-dropout": _some(samples=(2, 4), p=(0.3, 0.5)),
     "muon": _some(momentum=(0.9,)),
     "neftune": _some(alpha=(0.3,)),
     "peft": _some(kind=("OFT", "LoHa", "HRA"), options=({},)),
