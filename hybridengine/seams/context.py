@@ -165,6 +165,7 @@ class Context(Gradients):
 
     def _knows_no_soft_tokens(self, model: nn.Module) -> bool:
         return len(self.run.soft_tokens) > 0 and self.run.sites is not None and not self.run.sites.reach(model)
+
     def _below(self, batch: Batch, view: View, model: nn.Module | None) -> tuple[Backbone | None, bool]:
         """What lies below the head, inside `heads_alone`, and whether this pass needs none of it."""
         below = self.run.backbone
