@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,10 @@ from torch.func import functional_call
 
 from hybridengine import kernels
 from hybridengine.errors import SeamError
+from hybridengine.seams.at_sites import AtSites
 from hybridengine.seams.backbone import Backbone
-from hybridengine.seams.gradients import Gradients
 from hybridengine.seams.host import Host
 from hybridengine.seams.randomness import KeyedRows, dropout_key
-from hybridengine.seams.sites import Sites
 from hybridengine.seams.trace import Trace
 from hybridengine.seams.types import Batch, Out, Prediction, Term, View, Work
 
@@ -27,7 +26,7 @@ _NOTHING = contextlib.nullcontext()
 _FEW_TOKENS = 64  # below, no kernel of `fast_forward` pays, and watching the forward costs time
 
 
-class Context(Gradients):
+class Context(AtSites):
     """What a method may do: evaluate, differentiate, move weights, draw keyed randomness, report effects.
 
     The folded seams `loss`, `backward`, `gradient`, `step`, `predict` are set by the stack, as are `task_loss`
@@ -194,58 +193,6 @@ class Context(Gradients):
             return False
         eager = self.run.forward_model is self.run.model and self.run.device.type == "cpu"
         return eager and not _is_checkpointed(target)
-
-    # ---- embedding sites --------------------------------------------------------------------------------------
-
-    @property
-    def sites(self) -> Sites:
-        """The model's embedding sites."""
-        if self.run.sites is None:
-            raise SeamError("this model has no embedding of token ids that a delta could be added to")
-        return self.run.sites
-
-    def zeros(self, batch: Batch) -> dict[str, Tensor]:
-        """A zero delta `[B, L, D]` for every site that this batch feeds."""
-        out = {}
-        for name, site in self.sites.table.items():
-            if site.input in batch.inputs:
-                ids = batch.inputs[site.input]
-                out[name] = torch.zeros(*ids.shape, site.width, dtype=site.dtype, device=ids.device)
-        return out
-
-    def embedded(self, batch: Batch, view: View) -> dict[str, Tensor]:
-        """What stands at every site under `view`, `[B, L, D]`: the embeddings, with their graph, and the view's delta.
-
-        A delta made of them changes embeddings as it likes: `-x * cut` blanks positions, `(1 - share) * (y - x)` mixes.
-        """
-        found = self.sites.read(self.run.model, batch.inputs, view.params or {})
-        return {k: x + view.delta[k].to(x.dtype) if k in view.delta else x for k, x in found.items()}
-
-    def mask(self, batch: Batch, site: str) -> Tensor:
-        """The perturbable positions `[B, L]` of a site: real tokens, neither special nor template."""
-        return batch.masks["perturbable"][self.sites.table[site].input]
-
-    def ascend(
-        self,
-        batch: Batch,
-        delta: Mapping[str, Tensor],
-        gradient: Sequence[Tensor | None],
-        *,
-        step_size: float,
-        epsilon: float | None = None,
-        norm: Literal["l2", "linf"] = "l2",
-        per: Literal["sequence", "token"] = "sequence",
-    ) -> dict[str, Tensor]:
-        """One masked ascent step with projection (kernel `perturb`).
-
-        Norms are those of each sequence, joint over sites, or of each token by itself.
-        """
-        named = zip(delta, gradient, strict=True)
-        grads = {site: torch.zeros_like(delta[site]) if g is None else g for site, g in named}
-        masks = {site: self.mask(batch, site) for site in delta}
-        detached = {site: d.detach() for site, d in delta.items()}
-        sizes: dict[str, Any] = {"step_size": step_size, "epsilon": epsilon}
-        return dict(kernels.perturb_step(detached, grads, masks, **sizes, norm=norm, per=per))
 
     # ---- randomness, sharing, effects --------------------------------------------------------------------------
 

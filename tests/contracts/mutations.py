@@ -43,7 +43,7 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "batch-wide norm",
-        CONTEXT,
+        "hybridengine/seams/at_sites.py",
         "        return dict(kernels.perturb_step(detached, grads, masks, **sizes, norm=norm, per=per))",
         "        one = [{s: x.flatten(0, 1)[None] for s, x in part.items()} for part in (detached, grads, masks)]\n"
         "        moved = kernels.perturb_step(*one, **sizes, norm=norm)\n"
