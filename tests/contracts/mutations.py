@@ -117,7 +117,7 @@ MUTATIONS = (
     ),
     Mutation(
         "padding perturbed by the probe",
-        CONTEXT,
+        "hybridengine/seams/at_sites.py",
         'return batch.masks["perturbable"][self.sites.table[site].input]',
         'return torch.ones_like(batch.masks["perturbable"][self.sites.table[site].input])',
         "tests/plugins/test_vat.py::test_matches_the_paper[1.0-1.0-0.3-1]",
@@ -539,6 +539,8 @@ MUTATIONS = (
         ' or k.partition("/")[0] in self.model_parts',
         "",
         "tests/plugins/test_prompt_tuning.py::test_weight_perturbations_reach_the_vectors_and_give_them_back",
+    ),
+    Mutation(
         "label words without regard to the size of classes",
         "plugins/hybridengine_plugins/prompts/verbalizer.py",
         "(other / count)[:, None] * odds - (odds.sum(0) - odds)",
