@@ -111,6 +111,7 @@ PARAMETERS: dict[str, Parameters] = {
     "ia3": _some(),
     "l2-sp": _some(alpha=(0.01, 0.1)),
     "label-smoothing": _some(smoothing=(0.1, 0.3)),
+    "layer-mixing": _some(last=(0.0, 2.0)),
     "linear": _some(warmup=(0.0, 1)),
     "lion": _some(beta2=(0.99,)),
     "llrd": _some(decay=(0.5, 0.9)),
