@@ -4,6 +4,7 @@ from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import js_rows, kl_rows, sequence_norms
 from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at, queries_of, support_of
+from hybridengine.seams.layers import Layers
 from hybridengine.seams.likelihood import log_likelihoods
 from hybridengine.seams.overriding import override_forward
 from hybridengine.seams.pooling import pooled
@@ -22,6 +23,7 @@ __all__ = [
     "Feature",
     "InnerUpdate",
     "KeyedRows",
+    "Layers",
     "Metrics",
     "Out",
     "Prediction",

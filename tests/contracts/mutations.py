@@ -646,6 +646,13 @@ MUTATIONS = (
         "tests/plugins/test_multi_sample_dropout.py::test_the_encoder_runs_once_and_the_head_as_often_as_asked",
     ),
     Mutation(
+        "the mixture misses what enters the first layer",
+        "hybridengine/seams/layers.py",
+        "joined = join(states)",
+        "joined = join([states[1], *states[1:]])",
+        "tests/plugins/test_layer_mixing.py::test_three_steps_match_the_paper",
+    ),
+    Mutation(
         "one dropout mask for all samples",
         "plugins/hybridengine_plugins/regularize/multi_sample_dropout.py",
         'view.fork("sample", k)',

@@ -136,6 +136,7 @@ PARAMETERS: dict[str, Parameters] = {
     "l2-sp": _some(alpha=(0.01, 0.1)),
     "label-smoothing": _some(smoothing=(0.1, 0.3)),
     "layer-drop": _some(p=(0.2, 0.5), keep=(1, 2)),
+    "layer-mixing": _some(last=(0.0, 2.0)),
     "linear": _some(warmup=(0.0, 1)),
     "lisa": _some(layers=(1,), every=(1, 2), state=("drop", "keep")),
     "lion": _some(beta2=(0.99,)),

@@ -119,3 +119,12 @@ def test_a_rank_above_all_matrices_is_told() -> None:
     run = set_up([], tiny_bert(num_labels=3), make_batch()).run
     GaLore(rank=999).build_optimizer(run, [ParamGroup(dict(run.may_optimise))])
     assert any("every step is plain AdamW's" in note for note in run.notes)
+
+
+def test_a_single_number_moves_as_adamw_moves_it() -> None:
+    parameters, optimizer = built(
+        {"w": torch.randn(3, 5, dtype=torch.float64), "scale": torch.ones((), dtype=torch.float64)}
+    )
+    parameters["scale"].grad = torch.tensor(2.0, dtype=torch.float64)
+    optimizer.step()
+    assert abs(float(parameters["scale"].detach()) - 0.9) < 1e-8  # the first step is as long as the learning rate

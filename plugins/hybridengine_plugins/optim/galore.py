@@ -76,7 +76,7 @@ class GaLoreAdamW(GroupwiseOptimizer):
     def _move(self, value: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[value]
         step = state["step"] = state.get("step", 0) + 1
-        wide = value.shape[0] <= value.shape[-1]
+        wide = value.dim() == 2 and value.shape[0] <= value.shape[1]
         if group["rank"]:
             if (step - 1) % group["refresh"] == 0:
                 state["directions"] = _directions(gradient, group["rank"], wide, state.get("directions"))
