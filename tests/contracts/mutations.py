@@ -253,7 +253,7 @@ MUTATIONS = (
     Mutation(
         "galore projects tall matrices from the wrong side",
         "plugins/hybridengine_plugins/optim/galore.py",
-        "wide = value.shape[0] <= value.shape[-1]",
+        "wide = value.dim() == 2 and value.shape[0] <= value.shape[1]",
         "wide = True",
         "tests/plugins/test_galore.py::test_updates_follow_the_algorithm[tall-1]",
     ),
