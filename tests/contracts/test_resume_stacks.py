@@ -31,6 +31,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "vat+fgm, accumulated": {"methods": ["vat", "fgm"], "accumulate": 2, "unlabelled": True},
     "gradual-unfreeze": {"methods": [{"gradual-unfreeze": {"steps": 2}}]},
+    "adapter+ema": {"methods": [{"adapter": {"size": 4}}, {"ema": {"decay": 0.9}}]},
     "layer-drop+rdrop": {"methods": [{"layer-drop": {"p": 0.5}}, "rdrop"]},
     "lisa": {"methods": [{"lisa": {"layers": 1, "every": 1}}]},
     "lora+rdrop": {"methods": [{"lora": {"r": 2, "dropout": 0.1}}, "rdrop"]},
