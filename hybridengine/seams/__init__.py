@@ -11,6 +11,7 @@ from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
 from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
 from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, add_terms, weighted_sum
+from hybridengine.seams.uphill import Uphill, gradient_uphill, orthogonal
 
 __all__ = [
     "Batch",
@@ -28,16 +29,19 @@ __all__ = [
     "Sites",
     "Task",
     "Term",
+    "Uphill",
     "View",
     "Work",
     "add_terms",
     "distance",
+    "gradient_uphill",
     "inner_loop",
     "keyed_noise",
     "kl_rows",
     "leaves_at",
     "log_likelihoods",
     "mix",
+    "orthogonal",
     "permutation",
     "pooled",
     "power_iteration",
