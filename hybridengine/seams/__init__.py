@@ -14,6 +14,7 @@ from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
 from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
 from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, add_terms, weighted_sum
+from hybridengine.seams.uphill import Uphill, gradient_uphill, orthogonal
 
 __all__ = [
     "Backbone",
@@ -33,10 +34,12 @@ __all__ = [
     "Sites",
     "Task",
     "Term",
+    "Uphill",
     "View",
     "Work",
     "add_terms",
     "distance",
+    "gradient_uphill",
     "inner_loop",
     "js_rows",
     "keyed_noise",
@@ -44,6 +47,7 @@ __all__ = [
     "leaves_at",
     "log_likelihoods",
     "mix",
+    "orthogonal",
     "override_forward",
     "permutation",
     "pooled",

@@ -53,6 +53,7 @@ MORE: dict[str, dict[str, Any]] = {
     "prototypical": {"methods": ["prototypical", EPISODES], "accumulate": 2},
     "tavat": {"methods": ["tavat"], "accumulate": 2},
     "smart": {"methods": [{"smart": {"decay": 0.9}}], "accumulate": 2},
+    "look-sam": {"methods": [{"look-sam": {"every": 3}}], "accumulate": 2},
     "workers": {"methods": ["fgm"], "workers": 2, "accumulate": 2},
     "cosine+llrd+weight-decay": {"methods": ["cosine", "llrd", "weight-decay", "label-smoothing"]},
     "pet, accumulated": {"methods": [TEMPLATE, PET], "accumulate": 2, "unlabelled": True, "masked": True},
