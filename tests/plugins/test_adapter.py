@@ -213,6 +213,7 @@ def test_best_holds_what_was_trained_and_predicts_to_the_bit(tmp_path, more):
     best = tmp_path / "run" / "best"
     saved = load_file(best / "trained.safetensors")
     assert saved and all(".adapter." in k or k.startswith(("classifier", "bert.pooler")) for k in saved)
+    assert saved.keys() >= set(engine._run.missing_parameters)  # random ones too, frozen or not
     assert not (best / "model.safetensors").exists() and not (best / "config.json").exists()
     assert "trained.safetensors" in (best / "README.md").read_text(encoding="utf-8")
     assert Engine(config_of(tmp_path, *more)).evaluate()["validation"] == summary["metrics"]["validation"]
