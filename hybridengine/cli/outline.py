@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hybridengine.cli import console
 
 if TYPE_CHECKING:
-    from hybridengine.stack.plan import Plan
+    from hybridengine.stack.plan import Phase, Plan
 
 __all__ = ["diagram", "show_plan"]
 
@@ -31,7 +31,7 @@ def show_plan(plan: Plan) -> None:
     console.line()
     console.line("passes per step (letters with the rows they run on)", style="bold")
     rows = [
-        (phase.start, phase.passes, f"{phase.relative_cost:.2f}x", phase.sync_points, ", ".join(phase.active) or "-")
+        (phase.start, _passes(phase), f"{phase.relative_cost:.2f}x", phase.sync_points, ", ".join(phase.active) or "-")
         for phase in plan.phases
     ]
     console.table(("from step", "passes", "cost", "syncs", "active methods"), rows, indent="  ")
@@ -61,6 +61,11 @@ def diagram(layers: Mapping[str, list[str]]) -> list[str]:
         around = " > ".join([*layers.get(seam, []), base])
         lines.append(f"{indent + seam:<16} {around}")
     return lines
+
+
+def _passes(phase: Phase) -> str:
+    steps = len(phase.turns)
+    return phase.passes if steps == 1 else f"in {steps} steps: {phase.passes}"
 
 
 def _parameters(member: Mapping[str, Any]) -> str:

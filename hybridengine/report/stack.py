@@ -60,7 +60,10 @@ class Chip:
 
 @dataclass(frozen=True)
 class PhaseRow:
-    """One phase of the schedule, its steps counted from 1. `share` is its part of all steps, in percent."""
+    """One phase of the schedule, its steps counted from 1.
+
+    `share` is its part of all steps, in percent; `passes` are those of `period` steps.
+    """
 
     start: int
     end: int | None
@@ -70,6 +73,7 @@ class PhaseRow:
     cost: float | None
     sync_points: str
     share: float
+    period: int
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ def phase_rows(run: RunFolder) -> list[PhaseRow]:
                 number(phase.get("relative_cost")),
                 text(phase.get("sync_points")),
                 round(share, 2),
+                len(sequence(phase.get("turns"))) or 1,
             )
         )
     return rows

@@ -17,6 +17,7 @@ from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
 from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
 from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, add_terms, weighted_sum
+from hybridengine.seams.uphill import Uphill, gradient_uphill, orthogonal
 
 __all__ = [
     "Average",
@@ -37,12 +38,14 @@ __all__ = [
     "Sites",
     "Task",
     "Term",
+    "Uphill",
     "View",
     "Work",
     "add_terms",
     "attention_distance",
     "distance",
     "evaluating",
+    "gradient_uphill",
     "hidden_distance",
     "inner_loop",
     "js_rows",
@@ -51,6 +54,7 @@ __all__ = [
     "leaves_at",
     "log_likelihoods",
     "mix",
+    "orthogonal",
     "override_forward",
     "paired_layers",
     "permutation",

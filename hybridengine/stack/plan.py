@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +31,16 @@ _STACK_TOKENS = 32768
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of the schedule: from `start` on, each step makes these passes."""
+    """One phase of the schedule: from `start` on, each step makes these passes, or the steps of a period take turns.
+
+    Attributes:
+        active: methods that act.
+        passes: of a step, or of all steps of a period in order.
+        counts: how many of each kind of pass these are.
+        relative_cost: of a step in the mean, a plain step being 1.
+        sync_points: how often several processes would have to agree on a gradient in a step, at most.
+        turns: the counts of each step of a period, the first being that of `start`; one where all steps are alike.
+    """
 
     start: int
     active: list[str]
@@ -37,6 +48,11 @@ class Phase:
     counts: dict[str, int]
     relative_cost: float
     sync_points: int
+    turns: list[dict[str, int]]
+
+    def counts_at(self, step: int) -> dict[str, int]:
+        """How many of each kind of pass a step of this phase makes."""
+        return self.turns[(step - self.start) % len(self.turns)]
 
 
 @dataclass
@@ -71,7 +87,7 @@ class Plan:
 def make_plan(
     config: Config, methods: Sequence[Method], total_steps: int, splits: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Plan:
-    """Trace one step of every phase on the toy model; nothing of the user's is loaded or written.
+    """Trace one step of every phase, or one period, on the toy model; nothing of the user's is loaded or written.
 
     Args:
         splits: what the data card says of each split of the user's data.
@@ -91,15 +107,18 @@ def make_plan(
     ctx = compose(run, hooks, stack_views=stack_views_for(config))
     sampler = training_sampler(run, hooks, [f["length"] for f in features["train"]])
     assembler = Assembler(run, features)
-    phases, rows = [], 0
-    for start in _phase_starts(copies, total_steps):
-        run.step = start
-        draws = sampler(0)[: config.train.accumulate]
-        batches = [assembler.batch("train", draw, start) for draw in draws]
-        rows = sum(batch.size for batch in batches)
-        ctx.trace.clear()
-        ctx.step(ctx, make_works(run.seed, start, batches))
-        phases.append(_phase(start, copies, ctx.trace.events, rows))
+    phases, rows, period = [], 0, _period(copies)
+    draws = sampler(0)[: config.train.accumulate]
+    for start, end in itertools.pairwise([*_phase_starts(copies, total_steps), max(total_steps, 1)]):
+        steps = []
+        for step in range(start, min(start + period, end)):
+            run.step = step
+            batches = [assembler.batch("train", draw, step) for draw in draws]
+            rows = sum(batch.size for batch in batches)
+            ctx.trace.clear()
+            ctx.step(ctx, make_works(run.seed, step, batches))
+            steps.append(list(ctx.trace.events))
+        phases.append(_phase(start, copies, steps, rows))
     members = [_member(m) for m in hooks.methods]
     plan = Plan(
         _layers(hooks), phases, rows, ctx.stack_views, total_steps, members, ctx.trace.features, ctx.trace.logits
@@ -151,11 +170,18 @@ def _phase_starts(methods: Sequence[Method], total_steps: int) -> list[int]:
     return starts
 
 
-def _phase(start: int, methods: Sequence[Method], events: Sequence[Event], rows: int) -> Phase:
-    counts = summarise(events)
-    relative = cost_of(events, rows) / _PLAIN
+def _period(methods: Sequence[Method]) -> int:
+    """After how many steps the passes of all methods repeat."""
+    return math.lcm(*(getattr(m.plugin, "period", 1) for m in methods))
+
+
+def _phase(start: int, methods: Sequence[Method], steps: Sequence[Sequence[Event]], rows: int) -> Phase:
+    """The phase whose period makes these steps."""
+    events, turns = [event for step in steps for event in step], [summarise(step) for step in steps]
+    relative = sum(cost_of(step, rows) for step in steps) / len(steps) / _PLAIN
     active = [m.name for m in methods if m.active(start)]
-    return Phase(start, active, passes_text(events), counts, round(relative, 3), _sync_points(counts))
+    syncs = max(map(_sync_points, turns))
+    return Phase(start, active, passes_text(events), summarise(events), round(relative, 3), syncs, turns)
 
 
 def _sync_points(counts: Mapping[str, int]) -> int:

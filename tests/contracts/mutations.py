@@ -11,14 +11,15 @@ FREELB = "plugins/hybridengine_plugins/adversarial/freelb.py"
 PGD = "plugins/hybridengine_plugins/adversarial/pgd.py"
 SMART = "plugins/hybridengine_plugins/adversarial/smart.py"
 FREEAT = "plugins/hybridengine_plugins/adversarial/freeat.py"
+LOOK_SAM = "plugins/hybridengine_plugins/adversarial/look_sam.py"
 TAVAT = "plugins/hybridengine_plugins/adversarial/tavat.py"
 VAT = "plugins/hybridengine_plugins/adversarial/vat.py"
-SAM = "plugins/hybridengine_plugins/adversarial/sam.py"
 RDROP = "plugins/hybridengine_plugins/regularize/rdrop.py"
 DISTILL = "plugins/hybridengine_plugins/regularize/distill.py"
 EMA = "plugins/hybridengine_plugins/regularize/ema.py"
 BASE = "hybridengine/seams/base.py"
 INNER = "hybridengine/seams/inner.py"
+UPHILL = "hybridengine/seams/uphill.py"
 CONTEXT = "hybridengine/seams/context.py"
 GRADIENTS = "hybridengine/seams/gradients.py"
 PRECISION = "hybridengine/seams/precision.py"
@@ -174,6 +175,20 @@ MUTATIONS = (
         "tests/plugins/test_freeat.py::test_matches_the_paper[3-0.1-None-l2]",
     ),
     Mutation(
+        "LookSAM keeps all of SAM's gradient",
+        LOOK_SAM,
+        "rest = orthogonal(near, found.here)",
+        "rest = {name: near[name] for name in found.here}",
+        "tests/plugins/test_look_sam.py::test_matches_the_paper[2-0.05-0.7]",
+    ),
+    Mutation(
+        "LookSAM magnifies rounding",
+        LOOK_SAM,
+        "part > rounding * whole",
+        "part > 0",
+        "tests/plugins/test_look_sam.py::test_rho_zero_is_plain_training_and_rounding_is_not_magnified[torch.float32]",
+    ),
+    Mutation(
         "a word's perturbations pile up",
         TAVAT,
         "table[words[seen]] = sums[seen] / counts[seen].unsqueeze(-1)",
@@ -210,9 +225,10 @@ MUTATIONS = (
     ),
     Mutation(
         "SAM keeps the ascent's gradient",
-        SAM,
-        "gradient = ctx.take_grads()",
-        "gradient = {k: ctx.unscaled(p.grad.clone()) for k, p in ctx.run.optimised().items() if p.grad is not None}",
+        UPHILL,
+        "gradient, weights = ctx.take_grads(), ctx.run.perturbed()",
+        "weights = ctx.run.perturbed()\n"
+        "    gradient = {k: ctx.unscaled(p.grad.clone()) for k, p in weights.items() if p.grad is not None}",
         "tests/plugins/test_sam.py::test_matches_the_paper[0.05]",
     ),
     Mutation(

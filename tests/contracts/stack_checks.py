@@ -48,7 +48,7 @@ def refusal(engine: Engine, methods: list[dict[str, Any]]) -> str | None:
 
 def planned(engine: Engine, step: int) -> dict[str, int]:
     """The passes that the plan promises for a step."""
-    return [phase for phase in engine.plan().phases if phase.start <= step][-1].counts
+    return [phase for phase in engine.plan().phases if phase.start <= step][-1].counts_at(step)
 
 
 def config_of(ground: Ground, methods: list[dict[str, Any]], output: Path, **train: Any) -> dict[str, Any]:

@@ -143,6 +143,7 @@ PARAMETERS: dict[str, Parameters] = {
     "lisa": _some(layers=(1,), every=(1, 2), state=("drop", "keep")),
     "lion": _some(beta2=(0.99,)),
     "llrd": _some(decay=(0.5, 0.9)),
+    "look-sam": _some(every=(2, 3, 1)),
     "lookahead": _some(steps=(1, 2), alpha=(0.5,)),
     "lora": _some(r=(2,), dropout=(0.0, 0.1)),
     "lora-plus": _some(r=(2,), ratio=(4.0,)),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from hybridengine.errors import OutputError
 from hybridengine.report import write_report
 from hybridengine.report.charts import COMPACT, WIDE, Series, line_chart, ticks
 from hybridengine.report.read import clean, read_run
+from hybridengine.report.stack import phase_rows
 from hybridengine.report.tables import wrong_answers
 from hybridengine.report.verdict import make_verdict
 from hybridengine.report.words import compact, duration
@@ -615,3 +617,11 @@ def test_the_report_needs_no_torch() -> None:
     )
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert not {"torch", "transformers", "numpy", "pydantic"} & set(loaded)
+
+
+def test_steps_that_take_turns_are_shown_as_one_period() -> None:
+    plan = {"total_steps": 10, "phases": [{"start": 0, "passes": "F4 B W (F4 B S) x2", "turns": [{"F": 2}, {"F": 1}]}]}
+    folder = SimpleNamespace(plan=plan)
+    (row,) = phase_rows(folder)  # type: ignore[arg-type]
+    assert row.period == 2 and row.share == 100
+    assert [chip.kind for chip in row.chips] == [*"FBW(FBS)"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Context, Work, wide
+from hybridengine.seams import Context, Work, gradient_uphill, orthogonal, wide
 
 __all__ = ["ASAM", "AWP", "GSAM", "SAM"]
 
@@ -50,34 +50,22 @@ class SAM:
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
     ) -> Mapping[str, Tensor]:
         """Gradient at w, move, gradient at w + e."""
-        terms = inner(ctx, works)
-        gradient = ctx.take_grads()
-        weights = ctx.run.perturbed()
-        uphill = {name: g for name, g in gradient.items() if name in weights}
-        moved = ctx.ascend_weights(uphill, rho=self.rho, **self._rule())
-        if not moved.usable:
-            ctx.add_grads(gradient)
-            return terms
-        kept = self._keep(uphill)
-        del gradient, uphill  # their memory is free for the second pass, unless a kin needs them
-        with moved:
-            if ctx.run.step % _MEASURE_EVERY < 2:  # at the first step LoRA's B is 0, and AWP moves it nowhere
-                ctx.report(self, perturbation_norm=moved.distance())
-            there = inner(ctx, works)
-        ctx.report(self, loss_gain=sum(there.values()) - sum(terms.values()))
-        if kept:
-            self._combine(ctx, kept)
-        return terms
+        measure = ctx.run.step % _MEASURE_EVERY < 2  # at the first step LoRA's B is 0, and AWP moves it nowhere
+        found = gradient_uphill(ctx, inner, works, rho=self.rho, measure=measure, **self._options())
+        if found.distance is not None:
+            ctx.report(self, perturbation_norm=found.distance)
+        if found.gain is not None:
+            ctx.report(self, loss_gain=found.gain)
+        if found.here:
+            self._combine(ctx, found.here)
+        return found.terms
 
-    def _rule(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
+        """How the weights move, and whether the gradient at w is needed after the second pass."""
         return {"rule": "sam"}
 
-    def _keep(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What of the gradient at w is needed after the second pass."""
-        return {}
-
-    def _combine(self, ctx: Context, kept: dict[str, Tensor]) -> None:
-        """Make the step's gradient from that at w + e, in `.grad`, and what was kept."""
+    def _combine(self, ctx: Context, here: dict[str, Tensor]) -> None:
+        """Make the step's gradient from that at w + e, in `.grad`, and that at w."""
 
 
 @dataclass(eq=False)
@@ -103,7 +91,7 @@ class ASAM(SAM):
     rho: float = parameter(0.5, "radius of the neighbourhood, relative to the weights", ge=0)
     eta: float = parameter(0.01, "what is added to each weight's size", ge=0)
 
-    def _rule(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         return {"rule": "asam", "eta": self.eta}
 
 
@@ -131,16 +119,12 @@ class GSAM(SAM):
 
     alpha: float = parameter(0.1, "step along the part of the gradient that only narrows the gap", ge=0)
 
-    def _keep(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        return gradient if self.alpha else {}
+    def _options(self) -> dict[str, Any]:
+        return {"rule": "sam", "keep": self.alpha > 0}
 
-    def _combine(self, ctx: Context, kept: dict[str, Tensor]) -> None:
+    def _combine(self, ctx: Context, here: dict[str, Tensor]) -> None:
         near = ctx.take_grads()
-        both = [name for name in kept if name in near]
-        squares = sum(wide(near[name]).square().sum() for name in both)
-        product = sum((wide(kept[name]) * wide(near[name])).sum() for name in both)
-        share = product / squares if squares > 0 else 0.0 * product
-        rest = {name: wide(kept[name]) - share * wide(near[name]) for name in both}
+        rest = orthogonal(here, near)
         if ctx.run.step % _MEASURE_EVERY == 0:
             ctx.report(self, gap_norm=torch.nn.utils.get_total_norm(list(rest.values())))
         ctx.add_grads({**near, **{name: wide(near[name]) - self.alpha * value for name, value in rest.items()}})
@@ -184,5 +168,5 @@ class AWP(SAM):
         with ctx.sharing():
             return SAM.wrap_gradient(self, inner, ctx, works)
 
-    def _rule(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         return {"rule": "awp"}
