@@ -2,6 +2,7 @@
 
 from hybridengine.data.rows import Split
 from hybridengine.model.depth import parameter_levels
+from hybridengine.plugin.attack import Attack, TargetedAttack
 from hybridengine.plugin.catalogue import Catalogue, Listing
 from hybridengine.plugin.hookspecs import HookSpecs, hook
 from hybridengine.plugin.lengths import check_share, whole_steps
@@ -11,6 +12,7 @@ from hybridengine.plugin.traits import Band, Traits, parameter
 from hybridengine.run import ParamGroup, Run
 
 __all__ = [
+    "Attack",
     "Band",
     "Catalogue",
     "GroupwiseOptimizer",
@@ -21,6 +23,7 @@ __all__ = [
     "Run",
     "Split",
     "StackView",
+    "TargetedAttack",
     "Traits",
     "check_share",
     "hook",

@@ -24,9 +24,7 @@ def parameter_model(name: str, cls: type) -> type[BaseModel]:
     except Exception as error:  # whatever evaluating a foreign annotation raises
         raise PluginError(f"plugin {name!r}: the types of its fields cannot be read ({error})") from error
     fields: dict[str, Any] = {}
-    for item in dataclasses.fields(cls):
-        if not item.init:
-            continue
+    for item in _parameters(cls):
         constraints = item.metadata.get("constraints", {})
         info: dict[str, Any] = {"description": item.metadata.get("help", "")}
         if item.default is not dataclasses.MISSING:
@@ -36,6 +34,11 @@ def parameter_model(name: str, cls: type) -> type[BaseModel]:
         annotation = Annotated[hints[item.name], Field(**constraints)] if constraints else hints[item.name]
         fields[item.name] = (annotation, Field(**info))
     return create_model(name, __base__=Section, **fields)
+
+
+def _parameters(cls: Any) -> list[dataclasses.Field[Any]]:
+    """The init fields, those that a base keeps for keywords (options of a family) after the method's own."""
+    return sorted((item for item in dataclasses.fields(cls) if item.init), key=lambda item: bool(item.kw_only))
 
 
 def create(
@@ -65,9 +68,7 @@ def json_schema(name: str, cls: type) -> dict[str, Any]:
 def parameter_rows(cls: type) -> list[dict[str, str]]:
     """Name, type, default, range and help of each parameter, for `plugins info`."""
     rows = []
-    for item in dataclasses.fields(cls):
-        if not item.init:
-            continue
+    for item in _parameters(cls):
         default = "required"
         if item.default is not dataclasses.MISSING:
             default = repr(item.default)

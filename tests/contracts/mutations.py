@@ -12,6 +12,7 @@ PGD = "plugins/hybridengine_plugins/adversarial/pgd.py"
 SMART = "plugins/hybridengine_plugins/adversarial/smart.py"
 FREEAT = "plugins/hybridengine_plugins/adversarial/freeat.py"
 LOOK_SAM = "plugins/hybridengine_plugins/adversarial/look_sam.py"
+ATTACK = "hybridengine/plugin/attack.py"
 TAVAT = "plugins/hybridengine_plugins/adversarial/tavat.py"
 VAT = "plugins/hybridengine_plugins/adversarial/vat.py"
 RDROP = "plugins/hybridengine_plugins/regularize/rdrop.py"
@@ -84,8 +85,8 @@ MUTATIONS = (
     Mutation(
         "double-counted clean gradient",
         FGM,
-        "inner(ctx, at_leaves.scaled(1 - self.weight))",
-        "inner(ctx, at_leaves)",
+        "inner(ctx, work.at(work.view.plus(leaves)).scaled(1 - self.weight))",
+        "inner(ctx, work.at(work.view.plus(leaves)))",
         "tests/plugins/test_fgm.py::test_epsilon_zero_is_plain_training[0.5]",
     ),
     Mutation(
@@ -141,16 +142,17 @@ MUTATIONS = (
     Mutation(
         "no projection",
         PGD,
-        "epsilon=self.epsilon, norm=self.norm",
-        "epsilon=None, norm=self.norm",
+        '"epsilon": self.epsilon}',
+        '"epsilon": None}',
         "tests/plugins/test_pgd.py::test_matches_the_paper[0.5-0.4-3-l2]",
         fast=True,
     ),
     Mutation(
         "ascents through the weights' gradients",
-        PGD,
-        "gradient = ctx.grad(loss, list(leaves.values()))",
-        "ctx.accumulate(loss)\n            gradient = [leaf.grad for leaf in leaves.values()]",
+        ATTACK,
+        "            return height.detach(), ctx.grad(height, list(leaves.values()))",
+        "            ctx.accumulate(height)\n"
+        "            return height.detach(), [leaf.grad for leaf in leaves.values()]",
         "tests/plugins/test_pgd.py::test_matches_the_paper[1.0-0.3-3-l2]",
     ),
     Mutation(
@@ -189,6 +191,27 @@ MUTATIONS = (
         "tests/plugins/test_look_sam.py::test_rho_zero_is_plain_training_and_rounding_is_not_magnified[torch.float32]",
     ),
     Mutation(
+        "targeted attacks climb",
+        ATTACK,
+        "terms = {name: (-value, unit)",
+        "terms = {name: (value, unit)",
+        "tests/plugins/test_attack_options.py::test_targeted_steps_are_those_of_the_formula[pgd-least-likely]",
+    ),
+    Mutation(
+        "random targets are the label",
+        ATTACK,
+        "(own + 1 + (draws",
+        "(own + (draws",
+        "tests/plugins/test_attack_options.py::test_targets_are_never_the_label_and_their_own_rows",
+    ),
+    Mutation(
+        "a ramp that ends too early",
+        ATTACK,
+        "(step - self.start + 1) / self.ramp",
+        "(step + 1) / self.ramp",
+        "tests/plugins/test_attack_options.py::test_sizes_grow_in_a_line_after_the_start",
+    ),
+    Mutation(
         "a word's perturbations pile up",
         TAVAT,
         "table[words[seen]] = sums[seen] / counts[seen].unsqueeze(-1)",
@@ -198,8 +221,8 @@ MUTATIONS = (
     Mutation(
         "tokens of tavat step by the norm of their sequence",
         TAVAT,
-        'step_size=self.step_size, per="token"',
-        "step_size=self.step_size",
+        'step_size=length, per="token"',
+        "step_size=length",
         "tests/plugins/test_tavat.py::test_matches_the_paper[2-0.1-0.4-0.3]",
     ),
     Mutation(

@@ -71,6 +71,16 @@ def _some(**choices: Sequence[Any]) -> Parameters:
     return lambda ground: st.fixed_dictionaries({k: st.sampled_from(list(v)) for k, v in choices.items()})
 
 
+def _attack(**choices: Sequence[Any]) -> Parameters:
+    """`_some`, with a target where the task has classes; the first of each is the default."""
+
+    def drawn(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
+        targets = (None, "least-likely", "random") if ground.task.endswith("classification") else (None,)
+        return _some(**choices, targeted=targets, per=("sequence", "token"), ramp=(0, 3))(ground)
+
+    return drawn
+
+
 def _weights(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
     labels = _TAGS if ground.task == "token-classification" else LABELS
     return st.just({"weights": {label: 0.5 + index for index, label in enumerate(labels)}})
@@ -122,12 +132,14 @@ PARAMETERS: dict[str, Parameters] = {
     "ema": _some(decay=(0.5, 0.99)),
     "episodes": _some(ways=(2, 3), shots=(1,), queries=(2,), per_epoch=(12,), evaluation_episodes=(2,)),
     "few-shot": _some(shots=(6, 8)),
-    "fgm": _some(epsilon=(0.1, 1.0)),
-    "fgsm": _some(epsilon=(0.01, 0.05)),
+    "fgm": _attack(epsilon=(0.1, 1.0), weight=(0.5, 1.0)),
+    "fgsm": _attack(epsilon=(0.01, 0.05)),
     "focal": _some(gamma=(1.0, 2.0)),
     "fomaml": _some(inner_steps=(1, 2), inner_loss=("task", "full")),
     "freeat": _some(steps=(2, 3), epsilon=(None, 0.15), norm=("l2", "linf"), start=(0, 1)),
-    "freelb": _some(steps=(2, 3), init=(0.0, 0.5), epsilon=(None, 0.3), norm=("l2", "linf")),
+    "freelb": _some(
+        steps=(2, 3), init=(0.0, 0.5), epsilon=(None, 0.3), norm=("l2", "linf"), per=("sequence", "token"), ramp=(0, 2)
+    ),
     "freeze": _some(layers=(0, 1)),
     "full": _some(),
     "galore": _some(rank=(2, 4), refresh=(1, 2)),
@@ -159,7 +171,7 @@ PARAMETERS: dict[str, Parameters] = {
     "neftune": _some(alpha=(0.3,)),
     "peft": _some(kind=("OFT", "LoHa", "HRA"), options=({},)),
     "pet": _some(patterns=(["a {text} was [MASK]"],), combine=("accuracy", "uniform")),
-    "pgd": _some(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),
+    "pgd": _attack(steps=(1, 2), norm=("l2", "linf"), start=(0, 1)),
     "poly": _some(epsilon=(1.0, -0.5)),
     "prototypical": _some(metric=("euclidean", "cosine"), pooling=("mean", "first")),
     "r3f": _some(sigma=(0.02,), noise=("normal", "uniform")),
@@ -183,7 +195,7 @@ PARAMETERS: dict[str, Parameters] = {
     "template": lambda ground: st.just({"text": "{text} [MASK]", "verbalizer": {label: label for label in LABELS}}),
     "uda": _some(temperature=(0.5,), threshold=(0.0, 0.26), annealing=("none", "linear")),
     "tavat": _some(steps=(2, 1), init=(0.3, 0.5), start=(0, 1)),
-    "vat": _some(steps=(1, 2)),
+    "vat": _some(steps=(1, 2), per=("sequence", "token"), ramp=(0, 2)),
     "verbalizer": _some(words=(2, 3)),
     "vera": _some(r=(4,), dropout=(0.0, 0.1)),
     "weight-decay": _some(value=(0.1,)),

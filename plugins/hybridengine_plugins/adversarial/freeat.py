@@ -8,14 +8,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from hybridengine.plugin import Band, StackView, Traits, hook, parameter
+from hybridengine.plugin import Attack, Band, StackView, Traits, hook, parameter
 from hybridengine.seams import Context, Work, add_terms, sequence_norms
 
 __all__ = ["FreeAT"]
 
 
 @dataclass(eq=False)
-class FreeAT:
+class FreeAT(Attack):
     """Replay each step's rows, and let each replay update the weights and push the perturbation further.
 
     With e the output of the embedding layer, delta_0 = 0 and norms per sequence over its perturbable tokens:
@@ -47,11 +47,6 @@ class FreeAT:
     step_size: float = parameter(0.1, "length of one ascent step", gt=0)
     epsilon: float | None = parameter(None, "radius of the ball per sequence; null does not project", ge=0)
     norm: Literal["l2", "linf"] = parameter("l2", "norm of steps and ball")
-    start: int = parameter(0, "first optimizer step with the attack", ge=0)
-
-    def active(self, step: int) -> bool:
-        """Whether the attack acts at this step."""
-        return step >= self.start
 
     @hook
     def check_stack(self, stack: StackView) -> list[str]:
@@ -87,4 +82,5 @@ class FreeAT:
 
     def _ascend(self, ctx: Context, work: Work, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         gradient = [leaf.grad for leaf in leaves.values()]
-        return ctx.ascend(work.batch, leaves, gradient, step_size=self.step_size, epsilon=self.epsilon, norm=self.norm)
+        sizes = {"step_size": self.step_size, "epsilon": self.epsilon}
+        return self.ascend(ctx, work.batch, leaves, gradient, **sizes, norm=self.norm)

@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from hybridengine import kernels
-from hybridengine.plugin import Band, Traits, hook, parameter
+from hybridengine.plugin import Attack, Band, Traits, hook, parameter
 from hybridengine.seams import Context, Work, add_terms, sequence_norms
 
 __all__ = ["FreeLB"]
 
 
 @dataclass(eq=False)
-class FreeLB:
+class FreeLB(Attack):
     """Accumulate the weight gradient of every step of an adversarial ascent: a larger virtual batch along the attack.
 
     With e the output of the embedding layer, n tokens of width D in a sequence, norms per sequence over its
@@ -49,11 +49,6 @@ class FreeLB:
     epsilon: float | None = parameter(None, "radius of the ball per sequence; null does not project", ge=0)
     init: float = parameter(0.0, "size of the random start", ge=0)
     norm: Literal["l2", "linf"] = parameter("l2", "norm of steps and ball")
-    start: int = parameter(0, "first optimizer step with the attack", ge=0)
-
-    def active(self, step: int) -> bool:
-        """Whether the attack acts at this step."""
-        return step >= self.start
 
     @hook
     def wrap_backward(
@@ -70,11 +65,8 @@ class FreeLB:
                 total = add_terms(total, inner(ctx, share.at(work.view.plus(leaves))))
             if not last and len(path) == step + 1:  # longer: an outer method's earlier pass made the path
                 gradient = [leaf.grad for leaf in leaves.values()]
-                path.append(
-                    ctx.ascend(
-                        work.batch, leaves, gradient, step_size=self.step_size, epsilon=self.epsilon, norm=self.norm
-                    )
-                )
+                sizes = {"step_size": self.step_size, "epsilon": self.epsilon}
+                path.append(self.ascend(ctx, work.batch, leaves, gradient, **sizes, norm=self.norm))
         ctx.report(self, delta_norm=sequence_norms(path[-1]).mean())
         return total
 
@@ -86,4 +78,4 @@ class FreeLB:
         draws = {
             site: ctx.rng(f"freelb/{site}", rows).uniform(*zero.shape[1:]).to(zero) for site, zero in delta.items()
         }
-        return kernels.perturb_start(draws, masks, epsilon=self.init)
+        return kernels.perturb_start(draws, masks, epsilon=self.strength(ctx.run.step) * self.init, per=self.per)

@@ -8,14 +8,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Context, Work, sequence_norms, weighted_sum
+from hybridengine.plugin import Band, TargetedAttack, Traits, hook, parameter
+from hybridengine.seams import Context, Work, sequence_norms
 
 __all__ = ["PGD"]
 
 
 @dataclass(eq=False)
-class PGD:
+class PGD(TargetedAttack):
     """Train on the worst input that projected gradient ascent finds within a ball around the embeddings.
 
     With e the output of the embedding layer, delta_0 = 0 and norms per sequence over its perturbable tokens:
@@ -25,7 +25,8 @@ class PGD:
         gradient = dL(e + delta_K)/dw
 
     The ascents evaluate the task's own loss under the dropout masks of the training pass and compute no weight
-    gradients, so nothing has to be backed up. One step of step_size = epsilon is FGM with weight 1.
+    gradients, so nothing has to be backed up. One step of step_size = epsilon is FGM with weight 1. `targeted` descends
+    the loss of another class instead (`loss_gain` is then how much that loss fell).
 
     Hook: `wrap_backward`. Defaults: epsilon 0.1 as for `fgm`, half of it a step, 3 steps, so that the projection
     is felt.
@@ -46,11 +47,6 @@ class PGD:
     step_size: float = parameter(0.05, "length of one ascent step", gt=0)
     steps: int = parameter(3, "ascent steps", ge=1)
     norm: Literal["l2", "linf"] = parameter("l2", "norm of steps and ball")
-    start: int = parameter(0, "first optimizer step with the attack", ge=0)
-
-    def active(self, step: int) -> bool:
-        """Whether the attack acts at this step."""
-        return step >= self.start
 
     @hook
     def wrap_backward(
@@ -62,14 +58,12 @@ class PGD:
         return inner(ctx, work.at(work.view.plus(delta)))
 
     def _attack(self, ctx: Context, work: Work) -> dict[str, Tensor]:
-        batch, delta = work.batch, ctx.zeros(work.batch)
-        losses = []
+        slope, delta, heights = self.slope(ctx, work), ctx.zeros(work.batch), []
+        sizes = {"step_size": self.step_size, "epsilon": self.epsilon}
         for _ in range(self.steps):
-            leaves = {site: d.detach().requires_grad_() for site, d in delta.items()}
-            loss = weighted_sum(ctx.task_loss(batch, work.view.plus(leaves)).terms, work.weights)
-            gradient = ctx.grad(loss, list(leaves.values()))
-            delta = ctx.ascend(batch, leaves, gradient, step_size=self.step_size, epsilon=self.epsilon, norm=self.norm)
-            losses.append(loss.detach())
-        if len(losses) > 1:
-            ctx.report(self, loss_gain=losses[-1] - losses[0])
+            height, gradient = slope(delta)
+            delta = self.ascend(ctx, work.batch, delta, gradient, **sizes, norm=self.norm)
+            heights.append(height)
+        if len(heights) > 1:
+            ctx.report(self, loss_gain=heights[-1] - heights[0])
         return delta

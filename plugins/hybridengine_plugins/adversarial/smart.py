@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hybridengine.plugin import Band, Traits, hook, parameter
+from hybridengine.plugin import Attack, Band, Traits, hook, parameter
 from hybridengine.seams import (
     Average,
     Batch,
@@ -29,7 +29,7 @@ __all__ = ["ALUM", "SMART"]
 
 
 @dataclass(eq=False)
-class ALUM:
+class ALUM(Attack):
     """Add the divergence between the prediction and the prediction where every token has moved against it.
 
     With e the output of the embedding layer, D(p, q) = KL(p || q) + KL(q || p), and maxima over a token's coordinates:
@@ -65,6 +65,7 @@ class ALUM:
     step_size: float = parameter(0.02, "how far the coordinate of a token with the largest gradient moves", gt=0)
     epsilon: float = parameter(0.02, "half width of the box around each token", ge=0)
     steps: int = parameter(1, "ascent steps", ge=1)
+    per: Literal["sequence", "token"] = field(default="token", init=False, repr=False)
 
     @hook
     def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
@@ -79,7 +80,7 @@ class ALUM:
         start = {site: self.sigma * noise for site, noise in keyed_noise(ctx, batch, self.name).items()}
         masks = [ctx.mask(batch, site).unsqueeze(-1) != 0 for site in start]
         delta = power_iteration(
-            ctx, lambda d: apart(fixed, d), start, lambda d, g: self._move(d, g, masks), steps=self.steps
+            ctx, lambda d: apart(fixed, d), start, lambda d, g: self._move(ctx, d, g, masks), steps=self.steps
         )
         value = apart(clean, delta)
         ctx.report(self, kl=value / batch.size, delta_norm=sequence_norms(delta).mean())
@@ -90,16 +91,16 @@ class ALUM:
         return 2 * kl_rows(p, q, batch, ctx.run.task, direction="symmetric")
 
     def _move(
-        self, delta: Mapping[str, Tensor], gradient: Sequence[Tensor | None], masks: Sequence[Tensor]
+        self, ctx: Context, delta: Mapping[str, Tensor], gradient: Sequence[Tensor | None], masks: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         """One step within the box; a token whose gradient is zero or not finite stays where it is."""
-        moved = {}
+        share, moved = self.strength(ctx.run.step), {}
         for (site, d), g, mask in zip(delta.items(), gradient, masks, strict=True):
             d = d.detach()
             g = torch.zeros_like(d) if g is None else torch.where(mask, g, 0)
             largest = g.abs().amax(-1, keepdim=True)
-            step = torch.where((largest > 0) & largest.isfinite(), self.step_size * (g / largest), 0)
-            moved[site] = (d + step).clamp(-self.epsilon, self.epsilon).to(d.dtype)
+            step = torch.where((largest > 0) & largest.isfinite(), share * self.step_size * (g / largest), 0)
+            moved[site] = (d + step).clamp(-share * self.epsilon, share * self.epsilon).to(d.dtype)
         return moved
 
     def _further_terms(self, ctx: Context, batch: Batch, view: View, clean: Tensor) -> dict[str, Term]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hybridengine import kernels
-from hybridengine.plugin import Band, Traits, hook, parameter
+from hybridengine.plugin import Attack, Band, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Work, add_terms, sequence_norms
 
 __all__ = ["TAVAT"]
@@ -19,7 +19,7 @@ Delta = dict[str, Tensor]
 
 
 @dataclass(eq=False)
-class TAVAT:
+class TAVAT(Attack):
     """Accumulate the weight gradient along an ascent whose start is made of what each word met before.
 
     With e the output of the embedding layer, V a table of a perturbation for each word, w_i the word at token i, n
@@ -54,12 +54,8 @@ class TAVAT:
     step_size: float = parameter(0.1, "length of one ascent step, of the sequence and of each token", gt=0)
     epsilon: float = parameter(0.4, "radius of the ball per sequence", ge=0)
     init: float = parameter(0.3, "size of the random start, and of the table's first entries", ge=0)
-    start: int = parameter(0, "first optimizer step with the attack", ge=0)
+    per: Literal["sequence", "token"] = field(default="sequence", init=False, repr=False)
     _found: dict[int, tuple[Batch, Delta]] = field(default_factory=dict, init=False, repr=False)
-
-    def active(self, step: int) -> bool:
-        """Whether the attack acts at this step."""
-        return step >= self.start
 
     @hook
     def wrap_backward(
@@ -99,7 +95,7 @@ class TAVAT:
         draws = {site: ctx.rng(f"tavat/{site}", batch.rows).uniform(*z.shape[1:]).to(z) for site, z in zero.items()}
         eta = {site: self._table(ctx, site)[_ids(ctx, batch, site)].to(z) for site, z in zero.items()}
         eta = {site: vectors * masks[site].unsqueeze(-1) for site, vectors in eta.items()}
-        return self._project(kernels.perturb_start(draws, masks, epsilon=self.init), eta)
+        return self._project(ctx, kernels.perturb_start(draws, masks, epsilon=self.init), eta)
 
     def _table(self, ctx: Context, site: str) -> Tensor:
         """The perturbations `[V, D]` of a site's words, in at least fp32."""
@@ -114,18 +110,20 @@ class TAVAT:
     def _ascend(
         self, ctx: Context, batch: Batch, delta: Delta, eta: Delta, gradient: Sequence[Tensor | None]
     ) -> tuple[Delta, Delta]:
-        delta = ctx.ascend(batch, delta, gradient, step_size=self.step_size)
-        eta = ctx.ascend(batch, eta, gradient, step_size=self.step_size, per="token")
+        length = self.strength(ctx.run.step) * self.step_size
+        delta = ctx.ascend(batch, delta, gradient, step_size=length)
+        eta = ctx.ascend(batch, eta, gradient, step_size=length, per="token")
         for site, vectors in eta.items():
             sizes = vectors.norm(dim=-1, keepdim=True)
             largest = sizes.amax(1, keepdim=True)
             eta[site] = vectors * torch.where(largest > 0, sizes / largest, 1)
-        return self._project(delta, eta)
+        return self._project(ctx, delta, eta)
 
-    def _project(self, delta: Delta, eta: Delta) -> tuple[Delta, Delta]:
+    def _project(self, ctx: Context, delta: Delta, eta: Delta) -> tuple[Delta, Delta]:
         """Both shrunk by one factor, so that their sum lies in the ball."""
+        radius = self.strength(ctx.run.step) * self.epsilon
         size = sequence_norms({site: delta[site] + eta[site] for site in delta}).view(-1, 1, 1)
-        shrink = torch.where(size > self.epsilon, self.epsilon / size, 1)
+        shrink = torch.where(size > radius, radius / size, 1)
         shrunk = [{site: (d * shrink).to(d.dtype) for site, d in part.items()} for part in (delta, eta)]
         return shrunk[0], shrunk[1]
 

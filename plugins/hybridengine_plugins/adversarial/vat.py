@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hybridengine.plugin import Band, Traits, hook, parameter
+from hybridengine.plugin import Attack, Band, Traits, hook, parameter
 from hybridengine.seams import (
     Batch,
     Context,
@@ -26,7 +26,7 @@ __all__ = ["VAT"]
 
 
 @dataclass(eq=False)
-class VAT:
+class VAT(Attack):
     """Add the divergence between the prediction and the prediction at the direction that changes it most.
 
     With e the output of the embedding layer, p(e) the predicted distribution without gradient, d_0 random noise and
@@ -87,11 +87,11 @@ class VAT:
             return kl_rows(clean, ctx.outputs(batch, [view.plus(delta)])[0].scores, batch, ctx.run.task)
 
         def probe(_: Mapping[str, Tensor], direction: Sequence[Tensor | None]) -> dict[str, Tensor]:
-            return ctx.ascend(batch, zero, direction, step_size=self.xi)
+            return ctx.ascend(batch, zero, direction, step_size=self.xi, per=self.per)
 
         start = probe(zero, list(keyed_noise(ctx, batch, "vat").values()))
         found = power_iteration(ctx, kl, start, probe, steps=self.steps)
-        attack = ctx.ascend(batch, zero, list(found.values()), step_size=self.epsilon)
+        attack = self.ascend(ctx, batch, zero, list(found.values()), step_size=self.epsilon)
         value = kl(attack)
         ctx.report(self, kl=value / batch.size, delta_norm=sequence_norms(attack).mean())
         return value
