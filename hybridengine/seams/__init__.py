@@ -1,11 +1,14 @@
 """The seams: the values that travel through them, the onion, and `ctx`."""
 
+from hybridengine.seams.average import Average
 from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.context import Context
 from hybridengine.seams.divergence import js_rows, kl_rows, sequence_norms
 from hybridengine.seams.inner import InnerUpdate, distance, inner_loop, leaves_at, queries_of, support_of
+from hybridengine.seams.layered import evaluating, width_projection
 from hybridengine.seams.layers import Layers
 from hybridengine.seams.likelihood import log_likelihoods
+from hybridengine.seams.matching import attention_distance, hidden_distance, paired_layers
 from hybridengine.seams.overriding import override_forward
 from hybridengine.seams.pooling import pooled
 from hybridengine.seams.power_iteration import keyed_noise, power_iteration, replayable
@@ -17,6 +20,7 @@ from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, W
 from hybridengine.seams.uphill import Uphill, gradient_uphill, orthogonal
 
 __all__ = [
+    "Average",
     "Backbone",
     "Batch",
     "Context",
@@ -38,8 +42,11 @@ __all__ = [
     "View",
     "Work",
     "add_terms",
+    "attention_distance",
     "distance",
+    "evaluating",
     "gradient_uphill",
+    "hidden_distance",
     "inner_loop",
     "js_rows",
     "keyed_noise",
@@ -49,6 +56,7 @@ __all__ = [
     "mix",
     "orthogonal",
     "override_forward",
+    "paired_layers",
     "permutation",
     "pooled",
     "power_iteration",
@@ -59,4 +67,5 @@ __all__ = [
     "support_of",
     "weighted_sum",
     "wide",
+    "width_projection",
 ]

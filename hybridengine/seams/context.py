@@ -16,6 +16,7 @@ from hybridengine.errors import SeamError
 from hybridengine.seams.at_sites import AtSites
 from hybridengine.seams.backbone import Backbone
 from hybridengine.seams.host import Host
+from hybridengine.seams.layered import Wanted, asking, both, layers_of
 from hybridengine.seams.randomness import KeyedRows, dropout_key
 from hybridengine.seams.trace import Trace
 from hybridengine.seams.types import Batch, Out, Prediction, Term, View, Work
@@ -48,13 +49,13 @@ class Context(AtSites):
         self._report = report
         self._live: Mapping[str, Tensor] | None = None
         self._memo: dict[tuple[str, int], Any] | None = None
-        self._features = False
+        self._features: Wanted = False
         run.value = self.value
 
     # ---- evaluating -------------------------------------------------------------------------------------------
 
     def outputs(
-        self, batch: Batch, views: Sequence[View], *, model: nn.Module | None = None, features: bool = False
+        self, batch: Batch, views: Sequence[View], *, model: nn.Module | None = None, features: Wanted = False
     ) -> list[Out]:
         """Logits of `batch` under each view, without a loss.
 
@@ -63,9 +64,9 @@ class Context(AtSites):
 
         Args:
             model: another module in place of the run's model (a teacher); its logits stay untransformed.
-            features: also return the last hidden state.
+            features: also return hidden states, with "attention" attention maps too.
         """
-        features = features or (self._features and model is None)
+        features = both(features, self._features) if model is None else features
         if not self._stackable(batch, views):
             return [self._forward(batch, view, model, features) for view in views]
         whole = self._forward(*self._stacked(batch, views), model, features)
@@ -111,10 +112,10 @@ class Context(AtSites):
         delta = {site: torch.cat([view.delta.get(site, zeros[site]) for view in views]) for site in sites}
         return batch.repeat(len(views)), replace(views[0], delta=delta)
 
-    def _forward(self, batch: Batch, view: View, model: nn.Module | None, features: bool) -> Out:
+    def _forward(self, batch: Batch, view: View, model: nn.Module | None, features: Wanted) -> Out:
         own = self.run.model
         target = model if model is not None else (self.run.forward_model if view.params is None else own)
-        if view.params is not None and _is_checkpointed(own):
+        if view.params is not None and own.training and _is_checkpointed(own):
             raise SeamError(
                 "functional parameters cannot be used with gradient checkpointing: the recomputation would see the"
                 " base weights; set `train.checkpointing: false`"
@@ -123,13 +124,9 @@ class Context(AtSites):
         target = own if below else target  # what is kept lies in no compiled graph
         if self.trace.recording and not held:  # a record takes microseconds of every pass
             self.trace.add("F" if torch.is_grad_enabled() else "f", batch.size)
-        self.trace.features |= features
-        inputs: dict[str, Any] = dict(batch.inputs)
+        self.trace.features |= bool(features)
         foreign = model is not None and self._knows_no_soft_tokens(model)
-        if foreign:
-            inputs = self.run.soft_tokens.without(batch.inputs)
-        if features:
-            inputs["output_hidden_states"] = True
+        inputs = asking(self.run.soft_tokens.without(batch.inputs) if foreign else batch.inputs, features)
         device = self.run.device
         before, self._live = self._live, view.params
         try:
@@ -156,11 +153,7 @@ class Context(AtSites):
                 "a teacher that knows no soft tokens has other positions than its student, so it cannot teach token by"
                 " token; remove the soft prompt or the teacher"
             )
-        hidden = None
-        if features:
-            states = getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states
-            hidden = states[-1]
-        return Out({}, outputs.logits, hidden, view)
+        return Out({}, outputs.logits, view=view, **layers_of(outputs, features))
 
     def _knows_no_soft_tokens(self, model: nn.Module) -> bool:
         return len(self.run.soft_tokens) > 0 and self.run.sites is not None and not self.run.sites.reach(model)
@@ -172,7 +165,7 @@ class Context(AtSites):
             return None, False
         return below, below.holds(batch.inputs, view.delta, view.params)
 
-    def _shortcut(self, target: nn.Module, features: bool) -> contextlib.AbstractContextManager[None]:
+    def _shortcut(self, target: nn.Module, features: Wanted) -> contextlib.AbstractContextManager[None]:
         """Training passes compute the last layer where it is read; evaluation stays as `best/` will be, to the bit."""
         short = self.run.first_position
         return short.armed() if short and not features and target is self.run.model and target.training else _NOTHING
@@ -201,9 +194,9 @@ class Context(AtSites):
         return KeyedRows((self.run.seed, stream, self.run.step), rows)
 
     @contextlib.contextmanager
-    def with_features(self) -> Iterator[None]:
-        """Evaluations inside also return the last hidden state, as if every caller of `outputs` had asked for it."""
-        before, self._features = self._features, True
+    def with_features(self, wanted: Wanted = True) -> Iterator[None]:
+        """Evaluations inside also return hidden states (and attention maps), as if every caller had asked for them."""
+        before, self._features = self._features, both(wanted, self._features)
         try:
             yield
         finally:

@@ -160,6 +160,8 @@ class Out:
         terms: loss terms by name; a loss is always a sum with a unit, never a mean.
         logits: `[B, C]`, `[B, L, C]` or `[B, L, V]`.
         features: last hidden state `[B, L, D]` when asked for.
+        layers: then also all hidden states, those before the first layer and after each.
+        attentions: attention maps `[B, H, L, L]` of each layer when asked for.
         view: the view behind `logits`.
         replay: whether the same view gives the same masks again (stacked passes cannot be replayed).
     """
@@ -169,6 +171,8 @@ class Out:
     features: Tensor | None = None
     view: View | None = None
     replay: bool = True
+    layers: tuple[Tensor, ...] = ()
+    attentions: tuple[Tensor, ...] = ()
 
     @property
     def scores(self) -> Tensor:

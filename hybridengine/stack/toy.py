@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,11 +51,18 @@ class ToyModel(nn.Module):
         self.classifier = nn.Linear(_WIDTH, classes)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> SimpleNamespace:
-        """`[B, L]` ids to `[B, C]` logits."""
+        """`[B, L]` ids to `[B, C]` logits; every position attends to all alike."""
         hidden = self.base_model(input_ids).last_hidden_state
-        return SimpleNamespace(logits=self.classifier(hidden.mean(1)), hidden_states=(hidden,))
+        length = input_ids.shape[1]
+        even = hidden.new_full((len(hidden), 1, length, length), 1 / length)
+        logits = self.classifier(hidden.mean(1))
+        return SimpleNamespace(logits=logits, hidden_states=(hidden, hidden), attentions=(even,))
 
 
 class ToyTask:
@@ -80,7 +88,7 @@ class ToyTask:
     def loss(self, ctx: Context, batch: Batch, view: View) -> Out:
         """Summed cross-entropy."""
         out = ctx.outputs(batch, [view])[0]
-        return Out(self.terms(out.scores, batch), out.logits, out.features, view)
+        return replace(out, terms=self.terms(out.scores, batch))
 
     def terms(self, logits: Tensor, batch: Batch, **options: Any) -> dict[str, Term]:
         """Cross-entropy over rows."""

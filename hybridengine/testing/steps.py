@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class SimpleTask:
     def loss(self, ctx: Context, batch: Batch, view: View) -> Out:
         """The leaf loss, as real tasks write it."""
         out = ctx.outputs(batch, [view])[0]
-        return Out(self.terms(out.scores, batch), out.logits, out.features, view)
+        return replace(out, terms=self.terms(out.scores, batch))
 
     def terms(self, logits: Tensor, batch: Batch, **options: Any) -> dict[str, Term]:
         """Summed cross-entropy by plain torch, in the logits' own precision."""

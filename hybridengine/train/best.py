@@ -79,5 +79,7 @@ def load_best(run: Run, folder: Path) -> None:
     if modules.is_file():
         for name, value in load_file(modules).items():
             module, _, key = name.partition("/")
+            if run.predicting and module not in run.modules:
+                continue  # only training needs it
             with torch.no_grad():
                 run.modules[module].state_dict(keep_vars=True)[key].copy_(value)

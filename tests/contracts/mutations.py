@@ -271,8 +271,8 @@ MUTATIONS = (
     Mutation(
         "distillation without T squared",
         DISTILL,
-        "self.alpha * self.temperature**2 * kl",
-        "self.alpha * kl",
+        '"kl": self.alpha * self.temperature**2,',
+        '"kl": self.alpha,',
         "tests/plugins/test_distill.py::test_matches_the_paper[0.5-2.0]",
     ),
     Mutation(
@@ -652,15 +652,15 @@ MUTATIONS = (
     Mutation(
         "unlabelled rows that count in the mean of labelled ones",
         DISTILL,
-        'self.temperature**2 * kl, "all_rows")',
-        'self.temperature**2 * kl, "rows")',
+        '(factors[name] * value, "all_rows")',
+        '(factors[name] * value, "rows")',
         "tests/plugins/test_distill.py::test_unlabelled_rows_are_learned_from",
     ),
     Mutation(
         "hidden states that nobody was asked for",
         "hybridengine/seams/context.py",
-        "features = features or (self._features and model is None)",
-        "features = features",
+        "features = both(features, self._features) if model is None else features",
+        "features = both(features, False)",
         "tests/plugins/test_supcon.py::test_weight_zero_is_plain_training",
     ),
     Mutation(
@@ -683,6 +683,20 @@ MUTATIONS = (
         "if self._kept is None:",
         "if self.keeps:",
         "tests/plugins/test_multi_sample_dropout.py::test_the_encoder_runs_once_and_the_head_as_often_as_asked",
+    ),
+    Mutation(
+        "padding counts between hidden states",
+        "hybridengine/seams/matching.py",
+        "real = mask.to(values.dtype)",
+        "real = torch.ones_like(values)",
+        "tests/core/test_seams_matching.py::test_hidden_states_of_real_tokens_count_by_row",
+    ),
+    Mutation(
+        "an average that teaches with dropout",
+        "hybridengine/seams/layered.py",
+        "    model.eval()\n",
+        "    model.train()\n",
+        "tests/plugins/test_distill.py::test_the_average_of_the_student_teaches",
     ),
     Mutation(
         "the mixture misses what enters the first layer",

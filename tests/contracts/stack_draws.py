@@ -87,7 +87,9 @@ def _weights(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def _teacher(ground: Ground) -> st.SearchStrategy[dict[str, Any]]:
-    return st.sampled_from([0.3, 0.7]).map(lambda alpha: {"teacher": ground.teacher(), "alpha": alpha})
+    inside = (0.0,) if ground.architecture == "t5" else (0.0, 1.0)
+    choices = {"teacher": (ground.teacher(), "ema"), "alpha": (0.3, 0.7), "hidden": inside, "attention": inside}
+    return _some(**choices)(ground)
 
 
 @functools.cache

@@ -12,12 +12,17 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from hybridengine.errors import StackError
+from hybridengine.plugin import StackView
 from hybridengine.seams import Batch, Context, Out, View, mix
 from hybridengine.seams.trace import cost_of
+from hybridengine.stack import as_method
 from hybridengine.testing import SimpleTask, make_batch, set_up
+from hybridengine_plugins.adapters.full import Full
 from hybridengine_plugins.adapters.lora import LoRA
 from hybridengine_plugins.adversarial.fgm import FGM
 from hybridengine_plugins.adversarial.sam import SAM
+from hybridengine_plugins.prompts.prefix_tuning import PrefixTuning
+from hybridengine_plugins.prompts.prompt_tuning import PromptTuning
 from hybridengine_plugins.regularize.mixout import Mixout
 from hybridengine_plugins.regularize.rdrop import RDrop
 from hybridengine_plugins.tasks.text_classification import TextClassification
@@ -148,3 +153,13 @@ def test_a_frozen_backbone_is_refused() -> None:
     bench = set_up([Mixout()], model, make_batch())
     with pytest.raises(StackError, match=r"no pretrained weight is trained.*remove mixout or what freezes"):
         bench.step([make_batch()])
+
+
+def test_beside_soft_prompts_the_model_must_be_trained_as_well() -> None:
+    def problems(*methods: object) -> list[str]:
+        return Mixout().check_stack(StackView([as_method(method) for method in methods], {}))
+
+    (problem,) = problems(Mixout(), PromptTuning())
+    assert problem.startswith("mixout: beside prompt-tuning no pretrained weight is trained; add `full`")
+    assert len(problems(PrefixTuning())) == 1
+    assert problems(Mixout(), PromptTuning(), Full()) == problems(Mixout()) == problems(LoRA()) == []

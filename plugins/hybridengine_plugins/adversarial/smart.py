@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hybridengine import kernels
 from hybridengine.plugin import Attack, Band, Traits, hook, parameter
 from hybridengine.seams import (
+    Average,
     Batch,
     Context,
     Out,
@@ -23,7 +23,6 @@ from hybridengine.seams import (
     power_iteration,
     replayable,
     sequence_norms,
-    wide,
 )
 
 __all__ = ["ALUM", "SMART"]
@@ -141,21 +140,12 @@ class SMART(ALUM):
     def _further_terms(self, ctx: Context, batch: Batch, view: View, clean: Tensor) -> dict[str, Term]:
         if not self.proximal:
             return {}
-        average = ctx.run.state("smart")
         with torch.no_grad():
-            there = view.clean().with_params({k: average[k].to(p.dtype) for k, p in self._averaged(ctx).items()})
+            there = view.clean().with_params(Average(ctx.run, "smart").parameters())
             before = ctx.outputs(batch, [there])[0].scores
         value = self._divergence(ctx, batch, clean, before)
         ctx.report(self, proximal_kl=value / batch.size)
         return {"smart_proximal": (self.proximal * value, "rows")}
-
-    def _averaged(self, ctx: Context) -> dict[str, Tensor]:
-        """The weights that the average follows; those that are new to it join it as they are."""
-        average, weights = ctx.run.state("smart"), ctx.run.optimised()
-        for name, weight in weights.items():
-            if name not in average:
-                average[name] = wide(weight.detach()).clone()
-        return {name: weight.detach() for name, weight in weights.items()}
 
     @hook
     def wrap_step(
@@ -164,8 +154,8 @@ class SMART(ALUM):
         """The inner step, then the average follows the moved weights."""
         if not self.proximal:
             return inner(ctx, works)
-        self._averaged(ctx)
+        average = Average(ctx.run, "smart")
+        average.join()
         terms = inner(ctx, works)
-        weights, average = self._averaged(ctx), ctx.run.state("smart")
-        kernels.ema_update([average[k] for k in weights], list(weights.values()), rate=1 - self.decay)
+        average.follow(rate=1 - self.decay)
         return terms

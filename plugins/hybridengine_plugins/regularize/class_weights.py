@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -82,7 +82,7 @@ class ClassWeights:
                 plain = task.terms(logits, batch)
                 change = sum(abs(terms[name][0] - value) for name, (value, _) in plain.items())
                 ctx.report(self, loss_change=change / batch.size)
-        return Out(terms, out.logits, out.features, view)
+        return replace(out, terms=terms)
 
     @staticmethod
     def _balanced(run: Run, labels: list[str]) -> list[float]:

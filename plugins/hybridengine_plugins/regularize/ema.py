@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hybridengine import kernels
 from hybridengine.plugin import Band, Traits, hook, parameter
-from hybridengine.seams import Context, Work, wide
+from hybridengine.seams import Average, Context, Work
 
 __all__ = ["EMA"]
 
@@ -53,18 +52,13 @@ class EMA:
         self, inner: Callable[..., Mapping[str, Tensor]], ctx: Context, works: Sequence[Work]
     ) -> Mapping[str, Tensor]:
         """The inner step, then the average follows the moved weights."""
-        shadow = ctx.run.state("ema")
-        for name, weight in ctx.run.optimised().items():
-            if name not in shadow:
-                shadow[name] = wide(weight.detach()).clone()
+        average, step = Average(ctx.run, "ema"), ctx.run.step
+        average.join()
         terms = inner(ctx, works)
-        step = ctx.run.step
         rate = 1 - min(self.decay, (1 + step) / (10 + step))
-        weights = {name: weight.detach() for name, weight in ctx.run.optimised().items() if name in shadow}
-        averages = [shadow[name] for name in weights]
-        kernels.ema_update(averages, list(weights.values()), rate=rate)
+        average.follow(rate=rate)
         if step % _MEASURE_EVERY == 0:
-            apart = [average - weight for average, weight in zip(averages, weights.values(), strict=True)]
+            apart = [average.values[name] - weight for name, weight in average.join().items()]
             ctx.report(self, distance=torch.nn.utils.get_total_norm(apart))
         return terms
 

@@ -37,7 +37,7 @@ class _OfLikelihood(ABC):
         if ctx.run.step % _MEASURE_EVERY == 0:
             with torch.no_grad():
                 ctx.report(self, loss_change=(loss + log_p.sum()).abs() / batch.size)
-        return Out({"loss": (loss, unit)}, out.logits, out.features, view)
+        return replace(out, terms={"loss": (loss, unit)})
 
 
 @dataclass(eq=False)

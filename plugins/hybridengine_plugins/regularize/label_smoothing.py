@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -51,4 +51,4 @@ class LabelSmoothing:
                 plain = task.terms(logits, batch)
                 change = sum(abs(terms[name][0] - value) for name, (value, _) in plain.items())
                 ctx.report(self, loss_change=change / batch.size)
-        return Out(terms, out.logits, out.features, view)
+        return replace(out, terms=terms)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridengine.errors import StackError
-from hybridengine.plugin import Band, Traits, hook, parameter
+from hybridengine.plugin import Band, StackView, Traits, hook, parameter
 from hybridengine.seams import Batch, Context, Out, View, distance, mix, wide
 
 __all__ = ["Mixout"]
@@ -32,7 +32,7 @@ class Mixout:
     dropout masks (attacks, sam, rdrop's pair), and another for each micro-batch. Embeddings and new parts of the model
     (head) stay as they are. The start is kept in checkpoints; evaluation uses w. The learning rate may be larger.
 
-    Hook: `wrap_loss`. Default: p 0.7 (paper: 0.7 to 0.9 for weights, on a thousand rows of data).
+    Hooks: `check_stack`, `wrap_loss`. Default: p 0.7 (paper: 0.7 to 0.9 for weights, on a thousand rows of data).
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -47,6 +47,17 @@ class Mixout:
     )
 
     p: float = parameter(0.7, "share of the weights that is put back", ge=0, lt=1)
+
+    @hook
+    def check_stack(self, stack: StackView) -> list[str]:
+        """Soft prompts and prefixes freeze the rest of the model, unless a method says what is trained of it."""
+        slots = {method.name: set(method.traits.slots) for method in stack.methods}
+        if any("backbone" in taken for taken in slots.values()):
+            return []
+        alone = [name for name, taken in slots.items() if taken & {"soft_prompt", "prefix"}]
+        return [
+            f"mixout: beside {name} no pretrained weight is trained; add `full`, or remove mixout" for name in alone
+        ]
 
     @hook
     def wrap_loss(self, inner: Callable[..., Out], ctx: Context, batch: Batch, view: View) -> Out:
