@@ -65,6 +65,8 @@ class AttentionPrefix:
         for index, attention in enumerate(self._layers):
             attention.hybridengine_prefix = (self, index)
         self._model.register_forward_pre_hook(self._compute)
+        if getattr(self._model.config, "is_encoder_decoder", False):  # generation calls the encoder by itself
+            self._model.get_encoder().register_forward_pre_hook(self._compute)
 
     def _compute(self, model: nn.Module, args: Any) -> None:
         self.vectors = self._run.evaluated(self._name)

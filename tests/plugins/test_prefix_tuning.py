@@ -118,6 +118,23 @@ def test_encoder_decoders_have_a_prefix_in_every_attention():
     assert (_outputs(bench, **wider) - found).abs().max() < EXACT
 
 
+def test_generation_of_an_encoder_decoder_sees_the_prefix() -> None:
+    """Greedy steps by hand, through the model's own forward."""
+    batch = make_batch()
+    batch = replace(batch, inputs={**batch.inputs, "decoder_input_ids": batch.inputs["input_ids"] + 1})
+    bench = set_up([PTuningV2(n=N)], tiny_t5(dropout_rate=0.0).double(), batch)
+    model = bench.run.model.eval()
+    ids = torch.tensor([[5, 6, 7, 1]])
+    made = torch.tensor([[model.config.decoder_start_token_id]])
+    found = model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1)
+    with torch.no_grad():
+        for _ in range(4):
+            scores = model(input_ids=ids, decoder_input_ids=made).logits[:, -1]
+            scores[:, model.config.eos_token_id] = -torch.inf
+            made = torch.cat([made, scores.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, made)
+
+
 def test_the_network_of_prefix_tuning_starts_silent_and_trains():
     batch = make_batch()
     bench = set_up([PrefixTuning(n=N, hidden=8)], _bert(), batch, lr=LR)

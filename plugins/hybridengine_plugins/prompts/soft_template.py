@@ -59,7 +59,9 @@ class SoftTemplate:
         stays = self._hard_tokens(run, written)
         self._tokens = [token for token in written if token not in stays]
         if not self._tokens:
-            raise ConfigError("soft-template: the template has no word that could be trained; shorten `hard`")
+            raise ConfigError(
+                "soft-template: the template has no word that could be trained; remove words from `hard`, or add some to `template: {text: ...}`"
+            )
         self._written = written
         start = run.sites.vocabulary(run.model)[self._tokens].clone()
         run.add_soft_tokens("soft-template", _Words(start), len(self._tokens))
