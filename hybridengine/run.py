@@ -181,7 +181,7 @@ class Run:
     def add_soft_tokens(self, name: str, module: nn.Module, count: int) -> list[int]:
         """Own a module that returns `count` vectors `[count, D]`, a part of the model; the ids that features hold."""
         self.add_module(name, module, part_of_model=True)
-        ids = self.soft_tokens.add(name, module, count)
+        ids = self.soft_tokens.add(name, count)
         if self.sites is not None:
             self.sites.soft_prompt = lambda: self.soft_tokens.vectors(self.evaluated)
         return ids

@@ -15,6 +15,7 @@ from hybridengine.seams.power_iteration import keyed_noise, power_iteration, rep
 from hybridengine.seams.precision import wide
 from hybridengine.seams.randomness import KeyedRows, mix, permutation, seeded
 from hybridengine.seams.sites import Site, Sites
+from hybridengine.seams.soft_tokens import Vectors
 from hybridengine.seams.task import Feature, Metrics, RandomRows, Row, Task
 from hybridengine.seams.types import Batch, Draw, Out, Prediction, Term, View, Work, add_terms, weighted_sum
 from hybridengine.seams.uphill import Uphill, gradient_uphill, orthogonal
@@ -39,6 +40,7 @@ __all__ = [
     "Task",
     "Term",
     "Uphill",
+    "Vectors",
     "View",
     "Work",
     "add_terms",

@@ -7,7 +7,19 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SoftTokens"]
+__all__ = ["SoftTokens", "Vectors"]
+
+
+class Vectors(nn.Module):
+    """A parameter as a module, which returns it: soft tokens `[n, D]`, or prefixes of any shape."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(start)
+
+    def forward(self) -> Tensor:
+        """The vectors."""
+        return self.vectors
 
 
 class SoftTokens:
@@ -18,16 +30,15 @@ class SoftTokens:
     """
 
     def __init__(self) -> None:
-        self._modules: dict[str, tuple[nn.Module, range]] = {}
+        self._numbers: dict[str, range] = {}
 
     def __len__(self) -> int:
-        return sum(len(numbers) for _, numbers in self._modules.values())
+        return sum(map(len, self._numbers.values()))
 
-    def add(self, name: str, module: nn.Module, count: int) -> list[int]:
+    def add(self, name: str, count: int) -> list[int]:
         """Take `count` tokens whose vectors `[count, D]` are what run module `name` returns; their ids, in order."""
-        numbers = range(len(self), len(self) + count)
-        self._modules[name] = (module, numbers)
-        return [-1 - number for number in numbers]
+        self._numbers[name] = range(len(self), len(self) + count)
+        return self.ids(name)
 
     def without(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs `[B, L]` of a model that knows no soft tokens: those columns of each row taken out."""
@@ -44,12 +55,12 @@ class SoftTokens:
 
     def clear(self) -> None:
         """Forget all soft tokens, of an adaptation that failed."""
-        self._modules.clear()
+        self._numbers.clear()
 
     def ids(self, name: str) -> list[int]:
         """The ids of a method's soft tokens."""
-        return [-1 - number for number in self._modules[name][1]]
+        return [-1 - number for number in self._numbers[name]]
 
     def vectors(self, evaluate: Callable[[str], Tensor]) -> Tensor:
         """All vectors `[N, D]`, vector i for id -1-i; `evaluate` gives those of a module by its name."""
-        return torch.cat([evaluate(name) for name in self._modules])
+        return torch.cat([evaluate(name) for name in self._numbers])

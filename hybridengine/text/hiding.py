@@ -33,6 +33,7 @@ def hide_tokens(
     Returns:
         The changed ids, and which tokens were chosen.
     """
+    ordinary = ordinary & (ids >= 0)  # a soft token is no word, though an attack may move it
     rank = draws[..., 0].masked_fill(~ordinary, 2.0)
     # The lowest draw is among the chosen whenever any is; it alone is chosen in rows that would have none.
     chosen = ordinary & ((rank < share) | (rank == rank.min(1, keepdim=True).values))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hybridengine.errors import ModelError
+from hybridengine.errors import ConfigError, ModelError
 from hybridengine.text.token_loss import IGNORED
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 
+_FEWEST = 3  # a token of text between two special ones
 _UNLIMITED = 10**9  # tokenizers without a limit say 10^30
 
 
@@ -217,12 +218,22 @@ def longest_input(tokenizer: Any, model: Any) -> int | None:
 
 
 def usable_length(run: Run) -> int:
-    """`train.max_length`, or less where the model or tokenizer takes fewer tokens (then the user is told)."""
+    """`train.max_length`, or less where the model or tokenizer takes fewer tokens (then the user is told).
+
+    Raises:
+        ConfigError: soft tokens leave no room.
+    """
     asked = run.config.train.max_length
     longest = longest_input(run.tokenizer, run.model)
-    limit = asked if longest is None else longest - len(run.soft_tokens)
+    soft = len(run.soft_tokens)
+    limit = asked if longest is None else longest - soft
+    if soft and limit < _FEWEST:
+        raise ConfigError(
+            f"{soft} soft tokens leave no room for text: the model takes {longest}; lower their number `n`"
+        )
     if limit < asked:
-        run.say(f"train.max_length is {asked}, but the model takes {limit} tokens; longer texts are cut at {limit}")
+        takes = f"{longest} tokens" + (f", {soft} of them soft" if soft else "")
+        run.say(f"train.max_length is {asked}, but the model takes {takes}; longer texts are cut at {limit}")
     return int(min(asked, limit))
 
 

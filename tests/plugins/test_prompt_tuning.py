@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hybridengine
 from hybridengine.engine import Engine
-from hybridengine.errors import Stopped
+from hybridengine.errors import ConfigError, Stopped
 from hybridengine.seams import Batch, View
 from hybridengine.testing import make_batch, set_up, tiny_bert, tiny_checkpoint, tiny_gpt2, tiny_llama, tiny_t5
 from hybridengine.testing.models import tiny_tokenizer
+from hybridengine.text import hide_tokens, usable_length
 from hybridengine_plugins.adversarial.fgm import FGM
 from hybridengine_plugins.adversarial.sam import SAM
 from hybridengine_plugins.prompts.prompt_tuning import PromptTuning, PTuning
@@ -27,7 +29,6 @@ MODELS = {
     "bert": lambda: tiny_bert(num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     "gpt2": lambda: tiny_gpt2(CLASSIFIER, num_labels=3, pad_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
     "llama": lambda: tiny_llama(CLASSIFIER, num_labels=3, pad_token_id=0),
-    "t5": lambda: tiny_t5(CLASSIFIER, num_labels=3, pad_token_id=0, dropout_rate=0.0),
 }
 ROWS = [[2, 11, 12, 13, 14], [2, 21, 22], [2, 31, 32, 33, 34, 35, 36]]  # 2 stands for [CLS]
 
@@ -64,11 +65,6 @@ def _by_hand(bench, row):
     table = model.get_input_embeddings()(torch.tensor([row]))
     vectors = bench.run.modules["prompt-tuning"].vectors[None]
     embeds = torch.cat([table[:, :1], vectors, table[:, 1:]], 1)
-    if "T5" in type(model).__name__:
-        encoded = model.transformer.encoder(inputs_embeds=embeds).last_hidden_state
-        start = torch.tensor([[model.config.decoder_start_token_id, *row[:1], *[5] * N, *row[1:-1]]])
-        states = model.transformer.decoder(input_ids=start, encoder_hidden_states=encoded).last_hidden_state
-        return model.classification_head(states[:, -1])
     return model(inputs_embeds=embeds).logits
 
 
@@ -84,6 +80,40 @@ def test_soft_tokens_are_embeddings_among_the_others_whatever_the_padding(name, 
         batch.inputs["position_ids"] = positions
     expected = torch.cat([_by_hand(bench, row) for row in ROWS])
     assert (_logits(bench, batch) - expected).abs().max() < EXACT
+
+
+def test_an_encoder_decoder_reads_soft_tokens_in_its_encoder():
+    batch, start = make_batch(), torch.tensor([[0, 8, 9]])
+    batch = replace(batch, inputs={**batch.inputs, "decoder_input_ids": batch.inputs["input_ids"] + 1})
+    bench = set_up([PromptTuning(n=N)], tiny_t5(dropout_rate=0.0).double(), batch)
+    model, row = bench.run.model.eval(), [5, 6, 7, 1]
+    vectors = bench.run.modules["prompt-tuning"].vectors[None]
+    ids = torch.tensor([bench.run.soft_tokens.ids("prompt-tuning") + row])
+    with torch.no_grad():
+        embeds = torch.cat([vectors, model.get_input_embeddings()(torch.tensor([row]))], 1)
+        expected = model(inputs_embeds=embeds, decoder_input_ids=start).logits
+        assert (model(input_ids=ids, decoder_input_ids=start).logits - expected).abs().max() < EXACT
+
+
+def test_masked_language_modelling_hides_no_soft_token():
+    """Also where attacks may move them."""
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([[2, -1, -2, 11, 12, 13]])
+    changed, chosen = hide_tokens(tokenizer, ids, torch.ones_like(ids) == 1, torch.rand(1, 6, 3), share=1.0)
+    assert chosen.tolist() == [[True, False, False, True, True, True]]
+    assert changed[0, 1:3].tolist() == [-1, -2]
+
+
+def test_refusals():
+    def tokenizer(run):
+        run.tokenizer = tiny_tokenizer(max_length=16)
+
+    with pytest.raises(ConfigError, match="has no token; give some words"):
+        _bench("bert", PromptTuning(n=N, text=" "), prepare=tokenizer)
+    bench = _bench("bert", PromptTuning(n=14), prepare=tokenizer)
+    assert usable_length(_bench("bert", PromptTuning(n=10), prepare=tokenizer).run) == 6
+    with pytest.raises(ConfigError, match="14 soft tokens leave no room for text: the model takes 16"):
+        usable_length(bench.run)
 
 
 def test_three_steps_equal_plain_torch():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hybridengine.model import AttentionPrefix, freeze_pretrained
 from hybridengine.plugin import Run, Traits, hook, parameter
-from hybridengine.seams import mix, seeded
+from hybridengine.seams import Vectors, mix, seeded
 
 __all__ = ["PTuningV2", "PrefixTuning"]
 
@@ -60,9 +60,10 @@ class PTuningV2:
             module = self._module(torch.stack([_start(keys, values, self.n) for keys, values in prefix.seen]))
         run.add_module(self.name, module, part_of_model=True)
         prefix.install()
+        run.say(f"{self.name}: predict with hybridengine; `best/` by itself is the model without its prefix")
 
     def _module(self, start: Tensor) -> nn.Module:
-        return _Vectors(start)
+        return Vectors(start)
 
 
 @dataclass(eq=False)
@@ -85,18 +86,9 @@ class PrefixTuning(PTuningV2):
         return _Reparametrised(start, self.hidden)
 
 
-class _Vectors(nn.Module):
-    """Keys and values `[layers, 2, heads, n, d]`."""
+class _Reparametrised(Vectors):
+    """Keys and values `[layers, 2, heads, n, d]`, changed by a network of their places."""
 
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self.vectors = nn.Parameter(start)
-
-    def forward(self) -> Tensor:
-        return self.vectors
-
-
-class _Reparametrised(_Vectors):
     def __init__(self, start: Tensor, hidden: int) -> None:
         super().__init__(start)
         layers, two, heads, n, width = start.shape

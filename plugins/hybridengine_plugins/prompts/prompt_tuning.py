@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hybridengine.errors import ConfigError
 from hybridengine.model import freeze_pretrained, task_type
 from hybridengine.plugin import Run, Traits, hook, parameter
-from hybridengine.seams import Feature, mix, seeded
+from hybridengine.seams import Feature, Vectors, mix, seeded
 from hybridengine.text import insert_tokens
 
 __all__ = ["PTuning", "PromptTuning"]
@@ -56,7 +57,11 @@ class PromptTuning:
 
     @hook
     def on_run_start(self, run: Run) -> None:
-        """Add the vectors."""
+        """Add the vectors.
+
+        Raises:
+            ConfigError: `text` has no token.
+        """
         assert run.sites is not None
         module = self._module(self._start(run), mix(run.seed, self.name, "network"))
         module.about = {
@@ -66,6 +71,10 @@ class PromptTuning:
             "num_virtual_tokens": self.n,
         }
         run.add_soft_tokens(self.name, module, self.n)
+        run.say(
+            f"{self.name}: predict with hybridengine; `best/` by itself is the model without its prompt, which stands"
+            f" in `best/{self.name}/` for PEFT"
+        )
 
     def _start(self, run: Run) -> Tensor:
         """Rows of the vocabulary `[n, D]`."""
@@ -74,6 +83,8 @@ class PromptTuning:
         vocabulary = vocabulary.to(torch.promote_types(vocabulary.dtype, torch.float32))
         if self.text is not None and run.tokenizer is not None:
             ids = run.tokenizer(self.text, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise ConfigError(f"{self.name}: text {self.text!r} has no token; give some words, or remove `text`")
             chosen = torch.tensor([ids[i % len(ids)] for i in range(self.n)])
         else:
             generator = torch.Generator().manual_seed(mix(run.seed, self.name) % 2**63)
@@ -116,17 +127,10 @@ class PTuning(PromptTuning):
             return _Encoded(start, self.encoder, self.hidden)
 
 
-class _Prompt(nn.Module):
-    """Vectors `[n, D]`."""
+class _Prompt(Vectors):
+    """Vectors `[n, D]`, with what PEFT wants to know of them."""
 
     about: dict[str, Any]
-
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self.vectors = nn.Parameter(start)
-
-    def forward(self) -> Tensor:
-        return self.vectors
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the vectors as a PEFT adapter of their own, to put on a base model or a merged one."""

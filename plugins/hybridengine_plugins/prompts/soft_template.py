@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor, nn
-
 from hybridengine.errors import ConfigError
 from hybridengine.plugin import Run, Traits, hook, parameter
-from hybridengine.seams import Feature
+from hybridengine.seams import Feature, Vectors
 
 __all__ = ["SoftTemplate"]
 
@@ -42,6 +40,7 @@ class SoftTemplate:
     )
 
     hard: list[str] = parameter(list, "words of the template that stay written")
+    _written: list[int] = field(default_factory=list, init=False, repr=False)
     _tokens: list[int] = field(default_factory=list, init=False, repr=False)
 
     @hook
@@ -55,16 +54,16 @@ class SoftTemplate:
             return
         assert run.sites is not None
         (feature,) = run.cloze.encode([dict.fromkeys(run.cloze.columns, "a")], run.config.train.max_length)
-        written = [i for i, here in zip(feature["input_ids"], feature["template"], strict=True) if here]
-        stays = self._hard_tokens(run, written)
-        self._tokens = [token for token in written if token not in stays]
+        self._written = [i for i, here in zip(feature["input_ids"], feature["template"], strict=True) if here]
+        stays = self._hard_tokens(run, self._written)
+        self._tokens = [token for token in self._written if token not in stays]
         if not self._tokens:
             raise ConfigError(
-                "soft-template: the template has no word that could be trained; remove words from `hard`, or add some to `template: {text: ...}`"
+                "soft-template: the template has no word that could be trained; remove words from `hard`, or"
+                " add some to `template: {text: ...}`"
             )
-        self._written = written
         start = run.sites.vocabulary(run.model)[self._tokens].clone()
-        run.add_soft_tokens("soft-template", _Words(start), len(self._tokens))
+        run.add_soft_tokens("soft-template", Vectors(start), len(self._tokens))
 
     def _hard_tokens(self, run: Run, written: list[int]) -> set[int]:
         stays: set[int] = set()
@@ -98,14 +97,3 @@ class SoftTemplate:
             if word in self._tokens:
                 tokens[place] = next(left)
         return {**feature, "input_ids": tokens}
-
-
-class _Words(nn.Module):
-    """Vectors `[n, D]`."""
-
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self.vectors = nn.Parameter(start)
-
-    def forward(self) -> Tensor:
-        return self.vectors
