@@ -39,8 +39,8 @@ class SelfTraining:
 
     Hooks: `transform_data`, `wrap_loss`, `wrap_step`. Defaults: FreeMatch's self-adaptive thresholds, with a shorter
     memory than its 0.999 for runs of hundreds of steps. `threshold: 0.95` with `balance: false` is FixMatch; a run that
-    labels no row for 20 steps stops and says so, so start such thresholds later. Rewriting that changes what a text says
-    (crude synonyms in a few words) makes it worse than no augmentation.
+    labels no row for 20 steps stops and says so, so start such thresholds later. Rewriting that changes what a text
+    says (crude synonyms in a few words) makes it worse than no augmentation.
     """
 
     traits: ClassVar[Traits] = Traits(
